@@ -1,0 +1,99 @@
+"""Every error the service raises on purpose, in one tree.
+
+    TrlRemoteError
+    ├── InvalidRequest            the caller's input cannot be accepted
+    │   ├── UnknownModel          no such base model on this host
+    │   ├── InvalidDataset        rows that cannot be trained on; carries every problem found
+    │   └── ResourcesExceeded     asks for more than this host has; the message has both numbers
+    ├── NotFound                  no such job, file or checkpoint
+    ├── Conflict                  the request contradicts what is stored
+    │   ├── ClientIdConflict      the client id belongs to a job with another body
+    │   └── TransitionRefused     the job's state does not allow this
+    ├── Forbidden                 the caller may not do this
+    ├── Overloaded                try again later
+    └── TrainingFailed            raised inside the trainer for a cause the user can mend
+
+Each message says what happened, to what, and what the caller can do.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+class TrlRemoteError(Exception):
+    """Root of the tree. ``code`` is stable and machine-readable; ``param`` names the request field."""
+
+    code = "internal_error"
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+
+
+class InvalidRequest(TrlRemoteError):
+    code = "invalid_request"
+
+
+class UnknownModel(InvalidRequest):
+    code = "model_not_found"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowProblem:
+    """One defect of one row of a data file."""
+
+    row: int  # 1-based row number in the file
+    field: str | None  # dotted path inside the row, None for the whole row
+    reason: str
+    value: str | None = None  # the offending value, shortened
+
+
+class InvalidDataset(InvalidRequest):
+    """``problems`` holds every defect up to the reporting cap; ``total`` counts all of them."""
+
+    code = "invalid_dataset"
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        param: str | None = None,
+        problems: Sequence[RowProblem] = (),
+        total: int = 0,
+    ) -> None:
+        super().__init__(message, param=param)
+        self.problems = tuple(problems)
+        self.total = total or len(self.problems)
+
+
+class ResourcesExceeded(InvalidRequest):
+    code = "resources_exceeded"
+
+
+class NotFound(TrlRemoteError):
+    code = "not_found"
+
+
+class Conflict(TrlRemoteError):
+    code = "conflict"
+
+
+class ClientIdConflict(Conflict):
+    code = "client_id_conflict"
+
+
+class TransitionRefused(Conflict):
+    code = "transition_refused"
+
+
+class Forbidden(TrlRemoteError):
+    code = "forbidden"
+
+
+class Overloaded(TrlRemoteError):
+    code = "overloaded"
+
+
+class TrainingFailed(TrlRemoteError):
+    code = "training_failed"

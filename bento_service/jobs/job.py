@@ -1,0 +1,163 @@
+"""The domain objects: jobs, their life, and what belongs to them. Plain frozen data, no storage, no HTTP."""
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, Literal
+
+from bento_service.training.spec import TrainingSpec, TrlOptions
+
+
+class JobStatus(StrEnum):
+    """Where a job is in its life; the names of OpenAI's fine-tuning API, and ``paused``."""
+
+    VALIDATING_FILES = "validating_files"  # stored, its data is being checked
+    QUEUED = "queued"  # waiting for a device
+    RUNNING = "running"  # a supervisor holds its lease
+    PAUSED = "paused"  # stopped on request, holds no device, continues from its checkpoint
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+    @property
+    def is_terminal(self) -> bool:
+        return not TRANSITIONS[self]
+
+
+# Every change of state there is. Terminal states have none.
+TRANSITIONS: dict[JobStatus, frozenset[JobStatus]] = {
+    JobStatus.VALIDATING_FILES: frozenset({JobStatus.QUEUED, JobStatus.FAILED, JobStatus.CANCELLED}),
+    JobStatus.QUEUED: frozenset({JobStatus.RUNNING, JobStatus.PAUSED, JobStatus.CANCELLED, JobStatus.FAILED}),
+    JobStatus.RUNNING: frozenset(
+        {JobStatus.QUEUED, JobStatus.PAUSED, JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.CANCELLED}
+    ),
+    JobStatus.PAUSED: frozenset({JobStatus.QUEUED, JobStatus.CANCELLED, JobStatus.FAILED}),
+    JobStatus.SUCCEEDED: frozenset(),
+    JobStatus.FAILED: frozenset(),
+    JobStatus.CANCELLED: frozenset(),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobRequest:
+    """What a caller asks for, validated in shape. None in a hyperparameter is OpenAI's "auto"."""
+
+    model: str
+    training_file: str  # file id
+    validation_file: str | None = None  # file id
+    suffix: str | None = None
+    seed: int | None = None
+    metadata: dict[str, str] = field(default_factory=dict)
+    method: Literal["dpo"] = "dpo"
+    beta: float | None = None
+    batch_size: int | None = None
+    learning_rate_multiplier: float | None = None
+    n_epochs: int | None = None
+    options: TrlOptions = TrlOptions()
+
+    def to_json(self) -> dict[str, Any]:
+        values = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "options"}
+        return {**values, "options": self.options.model_dump(mode="json")}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> "JobRequest":
+        return cls(**{**values, "options": TrlOptions.model_validate(values["options"])})
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the request in canonical JSON: two requests are the same when their digests are."""
+        canonical = json.dumps(self.to_json(), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobError:
+    """Why a job failed."""
+
+    code: str
+    message: str
+    param: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """How far a running job is; the newest values only, history is in the events."""
+
+    step: int = 0
+    total_steps: int | None = None
+    epoch: float = 0.0
+    tokens: int = 0  # trained tokens so far, padding not counted
+    metrics: dict[str, float | None] = field(default_factory=dict)  # the latest metrics event, under TRL's names
+    estimated_finish: int | None = None  # unix seconds
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    id: str  # "ftjob-" and 24 hex digits, made by the service
+    client_id: str | None
+    request: JobRequest
+    spec: TrainingSpec
+    status: JobStatus
+    priority: int
+    devices: int
+    created_at: float  # unix seconds, as all times
+    queued_at: float | None = None
+    started_at: float | None = None  # the first attempt's launch
+    finished_at: float | None = None
+    progress: Progress = Progress()
+    error: JobError | None = None
+    wanted: Literal["cancel", "pause"] | None = None  # asked for, not yet carried out
+    attempt: int = 0  # launches so far
+    lease_token: int = 0  # grows with every claim; a write with an older token is refused
+    fine_tuned_model: str | None = None  # name under which the trained model is known
+    queue_position: int | None = None  # 1 is next; only while queued
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobEvent:
+    """One entry of a job's history, in the order ``seq`` (from 1, no gaps, per job)."""
+
+    id: str  # "ftevent-<job's hex>-<seq>"
+    job_id: str
+    seq: int
+    created_at: float
+    type: str  # state, message, progress, metrics, evaluation, checkpoint
+    level: Literal["info", "warn", "error"]
+    message: str
+    data: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A complete checkpoint of a job, on the service's disk."""
+
+    id: str  # "ftckpt-<job's hex>-<step>"
+    job_id: str
+    step: int
+    epoch: float
+    created_at: float
+    path: str  # absolute folder
+    bytes: int
+    final: bool  # holds the trained model after the last step
+    metrics: dict[str, float | None] = field(default_factory=dict)  # training and eval values at that step
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredFile:
+    """An uploaded data file. The bytes lie once per digest, however many files name them."""
+
+    id: str  # "file-" and 24 hex digits
+    filename: str  # the caller's name: data, never a path
+    purpose: str
+    bytes: int
+    sha256: str
+    created_at: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Page[T]:
+    """Some of a list, and whether there is more after it."""
+
+    data: list[T]
+    has_more: bool

@@ -1,0 +1,193 @@
+"""What a trainer is told: options as a user writes them, and the resolved specification of one job.
+
+``TrlOptions`` is the one extension object of the HTTP API. ``TrainingSpec`` is what a run directory holds:
+complete, with no "auto" left that depends on the request, so that the same file always trains the same way.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+# The losses of trl 1.16's DPOConfig.loss_type.
+LossType = Literal[
+    "sigmoid",
+    "hinge",
+    "ipo",
+    "exo_pair",
+    "nca_pair",
+    "robust",
+    "bco_pair",
+    "sppo_hard",
+    "aot",
+    "aot_unpaired",
+    "apo_zero",
+    "apo_down",
+    "discopop",
+    "sft",
+    "sigmoid_norm",
+]
+
+# TRL's DPO default for full fine-tuning (trl.DPOConfig.learning_rate); ten times that through a LoRA adapter,
+# the factor TRL's PEFT guide gives.
+FULL_LEARNING_RATE = 1e-6
+LORA_LEARNING_RATE = 1e-5
+
+
+class Options(BaseModel):
+    """Base of all option groups: unknown keys are refused, values are frozen, no infinities."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class LoraOptions(Options):
+    """The low-rank adapter that is trained when ``tuning`` is "lora"."""
+
+    rank: int = Field(default=16, ge=1, le=1024, description="Rank of the update matrices.")
+    alpha: float = Field(default=32, gt=0, description="Scale: the update is multiplied by alpha / rank.")
+    dropout: float = Field(default=0.0, ge=0, lt=1, description="Dropout before the adapter, a probability.")
+    target_modules: Literal["all-linear"] | list[str] = Field(
+        default="all-linear", description="Names of the adapted modules, or every linear layer but the output head."
+    )
+    use_dora: bool = Field(default=False, description="Weight-decomposed LoRA (DoRA).")
+
+
+class OptimizerOptions(Options):
+    name: Literal["adamw", "adam", "sgd"] = Field(
+        default="adamw", description="adam is AdamW with weight decay 0; sgd has no momentum."
+    )
+    learning_rate: float | None = Field(
+        default=None,
+        gt=0,
+        le=1,
+        description="Peak learning rate. Default: 1e-6 for full fine-tuning and 1e-5 for LoRA, times "
+        "learning_rate_multiplier.",
+    )
+    weight_decay: float = Field(default=0.01, ge=0, description="Decoupled weight decay.")
+    max_grad_norm: float = Field(default=1.0, gt=0, description="Gradients are clipped to this norm.")
+
+
+class SchedulerOptions(Options):
+    name: Literal["linear", "cosine", "constant", "constant_with_warmup"] = Field(
+        default="linear", description="Shape of the learning rate after warm-up."
+    )
+    warmup_ratio: float = Field(default=0.1, ge=0, lt=1, description="Warm-up as a fraction of all steps.")
+    warmup_steps: int | None = Field(default=None, ge=0, description="Warm-up in steps; overrides warmup_ratio.")
+
+
+class DpoOptions(Options):
+    """Details of the DPO objective; names and meanings as in ``trl.DPOConfig``."""
+
+    loss_type: list[LossType] = Field(default=["sigmoid"], min_length=1, description="One loss, or several summed.")
+    loss_weights: list[float] | None = Field(default=None, description="A weight per loss; default 1.0 each.")
+    label_smoothing: float = Field(default=0.0, ge=0, lt=0.5, description="Probability that a label is flipped.")
+    f_divergence_type: Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"] = "reverse_kl"
+    f_alpha_divergence_coef: float = Field(default=0.5, description="Coefficient of alpha_divergence.")
+    ld_alpha: float | None = Field(default=None, ge=0, le=1, description="Length desensitisation (LD-DPO).")
+    discopop_tau: float = Field(default=0.05, gt=0, description="Temperature of the discopop loss.")
+    use_weighting: bool = Field(default=False, description="Weight pairs by policy probability (WPO).")
+    precompute_ref_log_probs: bool = Field(
+        default=False, description="Score the data with the reference model once, before training."
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "DpoOptions":
+        if self.loss_weights is not None and len(self.loss_weights) != len(self.loss_type):
+            raise ValueError(
+                f"loss_weights has {len(self.loss_weights)} values for {len(self.loss_type)} loss types: give one each"
+            )
+        if "exo_pair" in self.loss_type and self.label_smoothing == 0:
+            raise ValueError("loss_type exo_pair needs label_smoothing greater than 0 (its paper uses 0.001)")
+        if self.use_weighting and {"aot", "aot_unpaired"} & set(self.loss_type):
+            raise ValueError("use_weighting does not combine with the aot losses: they sort the pairs")
+        needs_difference = {"nca_pair", "bco_pair", "sppo_hard", "aot", "aot_unpaired", "apo_zero", "apo_down"}
+        if self.f_divergence_type != "reverse_kl" and needs_difference & set(self.loss_type):
+            raise ValueError(
+                f"f_divergence_type {self.f_divergence_type} has no valid form for loss_type "
+                f"{sorted(needs_difference & set(self.loss_type))}: use reverse_kl"
+            )
+        return self
+
+
+class EvaluationOptions(Options):
+    """When the validation file is scored. Without a validation file and without ``split`` nothing is."""
+
+    strategy: Literal["epoch", "steps", "end", "none"] = Field(
+        default="epoch", description="When to evaluate while training; the last step is always evaluated unless none."
+    )
+    steps: int = Field(default=100, ge=1, description="Optimizer steps between evaluations (strategy steps).")
+    before_training: bool = Field(default=True, description="Also evaluate before the first step.")
+    split: float = Field(
+        default=0.0, ge=0, lt=1, description="Fraction of the training pairs held out when no validation file is given."
+    )
+    batch_size: int | None = Field(default=None, ge=1, description="Pairs per forward pass. Default: batch_size.")
+    max_steps: int | None = Field(default=None, ge=1, description="Most batches scored in one evaluation.")
+
+
+class SavingOptions(Options):
+    strategy: Literal["epoch", "steps", "end"] = Field(
+        default="epoch", description="When to save a checkpoint; one is always saved at the end."
+    )
+    steps: int = Field(default=100, ge=1, description="Optimizer steps between checkpoints (strategy steps).")
+    total_limit: int = Field(default=3, ge=1, description="Checkpoints kept; older ones are deleted.")
+
+
+class LoggingOptions(Options):
+    steps: int = Field(default=1, ge=1, description="Optimizer steps between metrics events.")
+
+
+ClientId = Annotated[str, Field(min_length=1, max_length=256)]
+
+
+class TrlOptions(Options):
+    """Everything TRL-specific a job may say; the ``trl`` object of a create request. Unknown keys are refused."""
+
+    client_id: ClientId | None = Field(
+        default=None, description="The caller's own id of the job: submitting it again returns the same job."
+    )
+    priority: int = Field(default=0, ge=-100, le=100, description="Higher runs first; equal priorities by age.")
+    devices: int = Field(default=1, ge=1, le=1024, description="GPUs (or CPU slots) the job needs.")
+
+    tuning: Literal["lora", "full"] = Field(default="lora", description="Train an adapter or all weights.")
+    lora: LoraOptions = LoraOptions()
+    max_length: int = Field(default=2048, ge=2, description="Tokens of prompt plus reply; longer rows are truncated.")
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = Field(
+        default="auto", description="auto: bf16 on GPUs that have it, fp32 on CPU."
+    )
+    gradient_accumulation_steps: int = Field(
+        default=1, ge=1, description="Batches of batch_size pairs per optimizer step."
+    )
+    gradient_checkpointing: bool = Field(
+        default=False, description="Recompute activations in the backward pass: less memory, about a third slower."
+    )
+    activation_offloading: bool = Field(default=False, description="Keep activations in host memory.")
+    shuffle: bool = Field(default=True, description="Shuffle the pairs each epoch, by seed.")
+    max_steps: int | None = Field(default=None, ge=1, description="Stop after this many optimizer steps in all.")
+    max_steps_per_epoch: int | None = Field(
+        default=None, ge=1, description="Cap on the optimizer steps that count as one epoch."
+    )
+    optimizer: OptimizerOptions = OptimizerOptions()
+    scheduler: SchedulerOptions = SchedulerOptions()
+    dpo: DpoOptions = DpoOptions()
+    evaluation: EvaluationOptions = EvaluationOptions()
+    saving: SavingOptions = SavingOptions()
+    logging: LoggingOptions = LoggingOptions()
+
+
+class TrainingSpec(BaseModel):
+    """The resolved specification of one job, as ``spec.json`` in its run directory holds it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    job_id: str
+    method: Literal["dpo"]
+    model: str = Field(description="The base model as the user named it.")
+    model_path: str | None = Field(description="Local folder of the base model; None: load it from the hub by name.")
+    training_file: str = Field(description="Path of the training data.")
+    validation_file: str | None
+    seed: int = Field(ge=0, lt=2**32)
+    beta: float = Field(gt=0)
+    batch_size: int = Field(ge=1, description="Pairs per forward pass.")
+    n_epochs: int = Field(ge=1)
+    learning_rate: float = Field(gt=0)
+    device: Literal["auto", "cuda", "cpu", "mps"]
+    options: TrlOptions
