@@ -115,6 +115,31 @@ class Job:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Lease:
+    """The right to write to a running job. A supervisor that lost it holds a token older than the job's."""
+
+    job_id: str
+    token: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attempt:
+    """One launch of a job's trainer."""
+
+    job_id: str
+    number: int  # from 1
+    host: str
+    devices: list[int]  # GPU indices; empty on a CPU slot
+    started_at: float
+    pid: int | None = None
+    pid_created_at: float | None = None  # unix seconds, as the kernel has it
+    ended_at: float | None = None
+    exit_code: int | None = None
+    signal: int | None = None
+    reason: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class JobEvent:
     """One entry of a job's history, in the order ``seq`` (from 1, no gaps, per job)."""
 
