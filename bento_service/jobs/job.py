@@ -54,7 +54,7 @@ class JobRequest:
     batch_size: int | None = None
     learning_rate_multiplier: float | None = None
     n_epochs: int | None = None
-    options: TrlOptions = TrlOptions()
+    options: TrlOptions = field(default_factory=TrlOptions)
 
     def to_json(self) -> dict[str, Any]:
         values = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "options"}
@@ -129,7 +129,7 @@ class Attempt:
     job_id: str
     number: int  # from 1
     host: str
-    devices: list[int]  # GPU indices; empty on a CPU slot
+    devices: list[str]  # GPU indices or UUIDs; slot numbers on a CPU
     started_at: float
     pid: int | None = None
     pid_created_at: float | None = None  # unix seconds, as the kernel has it

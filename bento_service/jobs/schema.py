@@ -97,7 +97,7 @@ attempts = Table(
     Column("job_id", String(64), ForeignKey("jobs.id"), primary_key=True),
     Column("number", Integer, primary_key=True),
     Column("host", String(256), nullable=False),
-    Column("devices", JSON, nullable=False),  # indices of the GPUs given to it; empty on a CPU slot
+    Column("devices", JSON, nullable=False),  # ids as in jobs.devices.Devices; empty until it is launched
     Column("pid", Integer),  # None until the process is up
     Column("pid_created_at", Float(53)),  # a pid is reused, a pid with its creation time is not
     Column("started_at", Float(53), nullable=False),

@@ -324,7 +324,7 @@ class Store:
             )
             return {row.id: row.wanted for row in connection.execute(query) if row.lease_token == tokens[row.id]}
 
-    def launched(self, lease: Lease, *, pid: int, pid_created_at: float, devices: Sequence[int]) -> None:
+    def launched(self, lease: Lease, *, pid: int, pid_created_at: float, devices: Sequence[str]) -> None:
         """Record the process of the current attempt. Raises LeaseLost."""
         with self._leased(lease) as (connection, row):
             connection.execute(

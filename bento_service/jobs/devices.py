@@ -1,0 +1,53 @@
+"""What this host trains on, counted without torch (a CUDA context would cost the API process its memory)."""
+
+import os
+import platform
+from dataclasses import dataclass
+from typing import Literal
+
+import pynvml
+
+from bento_service.settings import Settings
+
+
+@dataclass(frozen=True)
+class Devices:
+    """The places where jobs can run: GPU indices or UUIDs for cuda, slot numbers otherwise."""
+
+    kind: Literal["cuda", "cpu", "mps"]
+    ids: tuple[str, ...]
+
+    @property
+    def count(self) -> int:
+        return len(self.ids)
+
+    def describe(self) -> str:
+        """For error messages: "2 GPUs", "1 CPU slot"."""
+        noun = {"cuda": "GPU", "mps": "Apple GPU", "cpu": "CPU slot"}[self.kind]
+        return f"{self.count} {noun}{'' if self.count == 1 else 's'}"
+
+
+def visible_devices(settings: Settings) -> Devices:
+    """The devices that the settings and CUDA_VISIBLE_DEVICES leave to this service."""
+    if settings.device in ("auto", "cuda"):
+        gpus = _gpus()
+        if gpus or settings.device == "cuda":
+            return Devices("cuda", gpus)
+    apple = platform.system() == "Darwin" and platform.machine() == "arm64"
+    if settings.device == "mps" or (settings.device == "auto" and apple):
+        return Devices("mps", ("0",))
+    return Devices("cpu", tuple(str(slot) for slot in range(settings.cpu_slots)))
+
+
+def _gpus() -> tuple[str, ...]:
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if chosen is not None:
+        return tuple(name.strip() for name in chosen.split(",") if name.strip() and name.strip() != "-1")
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return ()  # no driver, no GPU
+    try:
+        return tuple(str(index) for index in range(pynvml.nvmlDeviceGetCount()))
+    finally:
+        pynvml.nvmlShutdown()
