@@ -44,6 +44,11 @@ class Settings(BaseSettings):
 
     heartbeat_seconds: float = Field(default=10, gt=0, description="How often a supervisor renews its leases.")
     lease_seconds: float = Field(default=30, gt=0, description="A lease not renewed for this long is stale.")
+    trainer_command: str | None = Field(
+        default=None,
+        description="Command line that starts a trainer; the run directory and --attempt N are added to it. "
+        "Default: this interpreter with -m bento_service.training.",
+    )
     poll_seconds: float = Field(default=0.25, gt=0, description="How often the supervisor looks for work.")
     grace_seconds: float = Field(
         default=30, ge=0, description="Time a trainer has to checkpoint after SIGTERM before SIGKILL."

@@ -68,20 +68,20 @@ class LaunchedTrainer:
     """
 
     def __init__(
-        self, run: RunDirectory, *, attempt: int, devices: Sequence[str], kind: str, threads: int | None = None
+        self,
+        run: RunDirectory,
+        *,
+        command: Sequence[str] | None = None,
+        attempt: int,
+        devices: Sequence[str],
+        kind: str,
+        threads: int | None = None,
     ) -> None:
+        command = command or [sys.executable, "-m", "bento_service.training"]
         run.path.mkdir(parents=True, exist_ok=True)
         with run.log_file.open("ab") as log:
             self._process = subprocess.Popen(
-                [
-                    sys.executable,
-                    "-m",
-                    "bento_service.training",
-                    str(run.path),
-                    "--attempt",
-                    str(attempt),
-                    "--await-go",
-                ],
+                [*command, str(run.path), "--attempt", str(attempt), "--await-go"],
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=subprocess.STDOUT,

@@ -9,6 +9,7 @@ import fcntl
 import json
 import os
 import select
+import shlex
 import signal
 import socket
 import sys
@@ -52,14 +53,7 @@ class Run:
 class Supervisor:
     """Keeps the jobs of one host moving. Everything it knows is in the store or the run directories."""
 
-    def __init__(
-        self,
-        settings: Settings,
-        store: Store,
-        *,
-        devices: Devices | None = None,
-        launch: Callable[..., LaunchedTrainer] = LaunchedTrainer,
-    ) -> None:
+    def __init__(self, settings: Settings, store: Store, *, devices: Devices | None = None) -> None:
         self.settings = settings
         self.store = store
         self.devices = devices or visible_devices(settings)
@@ -67,7 +61,6 @@ class Supervisor:
         self.owner = f"{self.host}:{os.getpid()}:{time.time():.3f}"
         self.draining = False
         self.runs: dict[str, Run] = {}
-        self._launch = launch
 
     # --------------------------------------------------------------- lifetime
 
@@ -227,8 +220,13 @@ class Supervisor:
         directory = self._directory(job)
         try:
             directory.write_spec(job.spec)
-            trainer = self._launch(
-                directory, attempt=job.attempt, devices=devices, kind=self.devices.kind, threads=self._threads()
+            trainer = LaunchedTrainer(
+                directory,
+                command=shlex.split(self.settings.trainer_command or ""),
+                attempt=job.attempt,
+                devices=devices,
+                kind=self.devices.kind,
+                threads=self._threads(),
             )
         except OSError as error:
             # The run directory cannot be written or no process be started: this host's trouble, not the job's.
