@@ -89,6 +89,8 @@ class Progress:
     epoch: float = 0.0
     tokens: int = 0  # trained tokens so far, padding not counted
     metrics: dict[str, float | None] = field(default_factory=dict)  # the latest metrics event, under TRL's names
+    baseline: dict[str, float | None] = field(default_factory=dict)  # the evaluation before the first step
+    evaluation: dict[str, float | None] = field(default_factory=dict)  # the latest evaluation
     estimated_finish: int | None = None  # unix seconds
 
 

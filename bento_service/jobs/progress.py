@@ -9,12 +9,14 @@ from bento_service.training.events import TrainerEvent
 def advance(progress: Mapping[str, Any], event: TrainerEvent) -> dict[str, Any]:
     """The progress after one more event.
 
-    Keys beside those of ``jobs.job.Progress``: ``origin``, time and step at which this attempt began to train,
-    from which the remaining time is estimated; ``evaluation``, the newest evaluation's values.
+    One key beside those of ``jobs.job.Progress``: ``origin``, time and step at which this attempt began to train,
+    from which the remaining time is estimated.
     """
     data = event.data
     if event.type == "evaluation":
-        return {**progress, "evaluation": _numbers(data)}
+        values = _numbers(data)
+        baseline = {"baseline": values} if data.get("step") == 0 else {}
+        return {**progress, **baseline, "evaluation": values}
     if event.type not in ("progress", "metrics"):
         return dict(progress)
     counters = {key: data[key] for key in ("step", "total_steps", "epoch", "tokens") if data.get(key) is not None}

