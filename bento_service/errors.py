@@ -4,7 +4,8 @@
     ├── InvalidRequest            the caller's input cannot be accepted
     │   ├── UnknownModel          no such base model on this host
     │   ├── InvalidDataset        rows that cannot be trained on; carries every problem found
-    │   └── ResourcesExceeded     asks for more than this host has; the message has both numbers
+    │   ├── ResourcesExceeded     asks for more than this host has; the message has both numbers
+    │   └── TooLarge              an upload or a body over the limit; the message has the limit
     ├── NotFound                  no such job, file or checkpoint
     ├── Conflict                  the request contradicts what is stored
     │   ├── ClientIdConflict      the client id belongs to a job with another body
@@ -69,6 +70,10 @@ class InvalidDataset(InvalidRequest):
 
 class ResourcesExceeded(InvalidRequest):
     code = "resources_exceeded"
+
+
+class TooLarge(InvalidRequest):
+    code = "too_large"
 
 
 class NotFound(TrlRemoteError):

@@ -1,0 +1,1 @@
+"""HTTP: wire models, routes, error answers, access. Knows ``TrlPostTrainingImpl`` and nothing below it."""

@@ -1,0 +1,60 @@
+"""The HTTP application, and what stands in front of it."""
+
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse
+from starlette.routing import Match, Route
+from starlette.types import ASGIApp
+
+from bento_service import __version__
+from bento_service.api import files, fine_tuning, health
+from bento_service.api.access import AccessGuard
+from bento_service.api.errors import error_response, install_error_handlers
+from bento_service.api.request import BodyLimit, RequestIds
+from bento_service.post_training import TrlPostTrainingImpl
+from bento_service.settings import Settings
+
+DESCRIPTION = """\
+Trains models on preference data with TRL. The shape is that of OpenAI's fine-tuning API, so its clients work;
+what that API has no place for is in the `trl` object of requests and answers. Times are unix seconds.
+"""
+
+
+def create_app(impl: TrlPostTrainingImpl | None = None) -> FastAPI:
+    """The routes. ``app.state.impl`` may also be set later, before the first request."""
+    app = FastAPI(title="TRL Remote Training Service", version=__version__, description=DESCRIPTION)
+    app.state.impl = impl
+    for router in (health.router, files.router, fine_tuning.router):
+        app.include_router(router)
+    methods = ["GET", "POST", "PUT", "PATCH", "DELETE"]
+    app.router.routes.append(Route("/v1/{path:path}", _no_route, methods=methods, include_in_schema=False))
+    install_error_handlers(app)
+    generate = app.openapi
+    app.openapi = lambda: _without_422(generate())  # type: ignore[method-assign]
+    return app
+
+
+def in_front_of(app: ASGIApp, settings: Settings) -> ASGIApp:
+    """The app behind a request id, the access guard and the bound on bodies; the first one meets a request first."""
+    return RequestIds(AccessGuard(BodyLimit(app, settings.max_file_bytes), settings))
+
+
+async def _no_route(request: Request) -> JSONResponse:
+    """Under /v1 a path or method that there is not is answered as every other error is."""
+    asked = f"{request.method} {request.url.path}"
+    for route in request.app.router.routes[:-1]:
+        match, _ = route.matches(request.scope)
+        if match is Match.PARTIAL:
+            return error_response(405, f"{asked} is not supported; see /docs.", code="method_not_allowed")
+    return error_response(404, f"There is no {asked}; see /docs.", code="not_found")
+
+
+def _without_422(document: dict[str, Any]) -> dict[str, Any]:
+    """FastAPI documents its own 422 for every route with parameters; here those errors are 400."""
+    for operations in document["paths"].values():
+        for operation in operations.values():
+            operation["responses"].pop("422", None)
+    for name in ("HTTPValidationError", "ValidationError"):
+        document["components"]["schemas"].pop(name, None)
+    return document

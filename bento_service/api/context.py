@@ -1,0 +1,59 @@
+"""What every route needs: the core object of this app, valid ids, page sizes, and the answers they document."""
+
+from typing import Annotated, Any
+
+from fastapi import Depends, Path, Query, Request
+
+from bento_service.api.errors import ErrorBody
+from bento_service.errors import NotFound
+from bento_service.post_training import TrlPostTrainingImpl
+
+_ID_CHARACTERS = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_-")
+
+
+def _impl(request: Request) -> TrlPostTrainingImpl:
+    impl = request.app.state.impl
+    assert isinstance(impl, TrlPostTrainingImpl)
+    return impl
+
+
+def _id(kind: str, value: str) -> str:
+    # Ids of another form cannot exist; saying so here keeps odd strings away from everything below.
+    if not 1 <= len(value) <= 64 or not _ID_CHARACTERS.issuperset(value):
+        raise NotFound(f"No {kind} {value[:64]!r}.")
+    return value
+
+
+def _file_id(file_id: Annotated[str, Path(description="As `POST /v1/files` answered it.")]) -> str:
+    return _id("file", file_id)
+
+
+def _job_id(job_id: Annotated[str, Path(description="As `POST /v1/fine_tuning/jobs` answered it.")]) -> str:
+    return _id("fine-tuning job", job_id)
+
+
+Impl = Annotated[TrlPostTrainingImpl, Depends(_impl)]
+FileId = Annotated[str, Depends(_file_id)]
+JobId = Annotated[str, Depends(_job_id)]
+After = Annotated[
+    str | None, Query(max_length=64, description="Id of the last entry of the page before; absent for the first page.")
+]
+Limit = Annotated[int, Query(ge=1, le=100, description="Entries in a page.")]
+
+_DESCRIPTIONS = {
+    400: "The request cannot be accepted; `param` names the field, `message` says what to do.",
+    401: "API keys are set on the service, and the request has none of them.",
+    403: "No API keys are set on the service, and the caller is not on its host.",
+    404: "No such file, job or list entry.",
+    409: "The request contradicts what is stored; sending it again does not help.",
+    413: "The body is larger than the service accepts.",
+    415: "The body is of a type that the service does not read.",
+    500: "The service failed; its log has the cause under `x-request-id`.",
+}
+
+
+def error_answers(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """For a route's ``responses``: these errors, and those that any route can give."""
+    return {
+        status: {"model": ErrorBody, "description": _DESCRIPTIONS[status]} for status in (*statuses, 401, 403, 500)
+    }

@@ -1,0 +1,298 @@
+"""The core object: what the service can do, independent of how it is asked. Knows no HTTP and no BentoML."""
+
+import re
+import secrets
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import BinaryIO, Literal
+
+from sqlalchemy.exc import SQLAlchemyError
+
+from bento_service.base_models import BaseModels
+from bento_service.errors import (
+    ClientIdConflict,
+    InvalidDataset,
+    InvalidRequest,
+    NotFound,
+    Overloaded,
+    ResourcesExceeded,
+)
+from bento_service.files import FileStorage, IncomingFile, StoredBytes
+from bento_service.jobs.devices import visible_devices
+from bento_service.jobs.job import Checkpoint, Job, JobEvent, JobRequest, JobStatus, Page, StoredFile
+from bento_service.jobs.store import Store
+from bento_service.settings import Settings
+from bento_service.training.preferences import require_valid
+from bento_service.training.spec import FULL_LEARNING_RATE, LORA_LEARNING_RATE, TrainingSpec
+
+# What "auto" means. beta is the value of the DPO paper and of TRL; one pass, since preference data overfits early.
+AUTO_BETA = 0.1
+AUTO_BATCH_SIZE = 8
+AUTO_EPOCHS = 1
+AUTO_SEED = 42
+
+PURPOSE = "fine-tune"
+MAX_FILENAME = 255
+
+_SUFFIX = re.compile(r"[A-Za-z0-9_-]{1,64}")
+
+
+class TrlPostTrainingImpl:
+    """Upload data, submit jobs, follow them, stop them, fetch their checkpoints.
+
+    All state is in the store and the file storage, so that several of these may work on the same ones.
+    Methods block; they may be called from any thread.
+    """
+
+    def __init__(self, settings: Settings, store: Store, files: FileStorage) -> None:
+        self.settings = settings
+        self.devices = visible_devices(settings)  # where jobs train on this host
+        self._store = store
+        self._files = files
+        self._models = BaseModels(settings)
+        # Between a commit of bytes and their row in the store, nobody may delete these bytes as unused.
+        self._files_lock = threading.Lock()
+
+    # ------------------------------------------------------------------ files
+
+    def receive_file(self) -> IncomingFile:
+        """Bytes to write as they arrive; ``add_file`` makes them a file. Use it as a context manager."""
+        return self._files.receive()
+
+    def add_file(self, incoming: IncomingFile, *, filename: str, purpose: str = PURPOSE) -> StoredFile:
+        """Keep what was received. Raises InvalidRequest for another purpose, InvalidDataset for an empty file."""
+        require_purpose(purpose)
+        if incoming.bytes == 0:
+            raise InvalidDataset(
+                f"File {_short(filename)!r} is empty: upload JSON Lines, one preference pair a line.", param="file"
+            )
+        with self._files_lock:
+            return self._register(incoming.commit(), filename, purpose)
+
+    def upload(self, source: BinaryIO, *, filename: str, purpose: str = PURPOSE) -> StoredFile:
+        """Store a whole file object. Raises as ``add_file`` does, and TooLarge."""
+        with self.receive_file() as incoming:
+            while chunk := source.read(1 << 20):
+                incoming.write(chunk)
+            return self.add_file(incoming, filename=filename, purpose=purpose)
+
+    def get_file(self, file_id: str) -> StoredFile:
+        """Raises NotFound."""
+        return self._store.get_file(file_id)
+
+    def list_files(self, *, after: str | None = None, limit: int = 20, purpose: str | None = None) -> Page[StoredFile]:
+        """Newest first, from the one after ``after``. Raises NotFound for an unknown ``after``."""
+        return self._store.list_files(after=after, limit=limit, purpose=purpose)
+
+    def delete_file(self, file_id: str) -> None:
+        """Raises NotFound, and Conflict while a job that has not ended uses the file."""
+        with self._files_lock:
+            sha256 = self._store.get_file(file_id).sha256
+            if self._store.delete_file(file_id):
+                self._files.delete(sha256)
+
+    def file_content(self, file_id: str) -> Path:
+        """Where the file's bytes lie. Raises NotFound."""
+        return self._files.existing_path(self._store.get_file(file_id).sha256)
+
+    # ------------------------------------------------------------------- jobs
+
+    def submit(self, request: JobRequest) -> Job:
+        """Check everything that can be checked now, and queue the job; it is committed when this returns.
+
+        A client id that is known returns its job when the request is the same, before anything else is checked.
+        Raises InvalidRequest (a missing file, a contradiction), UnknownModel, InvalidDataset, ResourcesExceeded,
+        ClientIdConflict. After any of them nothing of the job is stored.
+        """
+        if existing := self._submitted_before(request):
+            return existing
+        self._require_consistent(request)
+        self._require_resources(request)
+        training_file = self._data_path(request.training_file, "training_file")
+        validation_file = None
+        if request.validation_file is not None:
+            validation_file = self._data_path(request.validation_file, "validation_file")
+        model_path = self._models.locate(request.model)
+        require_valid(training_file, param="training_file", cap=self.settings.max_report_rows)
+        if validation_file is not None:
+            require_valid(validation_file, param="validation_file", cap=self.settings.max_report_rows)
+
+        short_id = secrets.token_hex(12)
+        spec = resolve_spec(
+            request,
+            job_id=f"ftjob-{short_id}",
+            model_path=model_path,
+            training_file=training_file,
+            validation_file=validation_file,
+            device=self.settings.device,
+        )
+        job = Job(
+            id=spec.job_id,
+            client_id=request.options.client_id,
+            request=request,
+            spec=spec,
+            status=JobStatus.QUEUED,
+            priority=request.options.priority,
+            devices=request.options.devices,
+            created_at=time.time(),
+            fine_tuned_model=":".join(filter(None, ("ft", request.model, request.suffix, short_id))),
+        )
+        stored, _ = self._store.create_job(job)
+        return stored
+
+    def status(self, job_id: str) -> Job:
+        """Raises NotFound."""
+        return self._store.get_job(job_id)
+
+    def list_jobs(
+        self,
+        *,
+        after: str | None = None,
+        limit: int = 20,
+        metadata: Mapping[str, str] | None = None,
+        client_id: str | None = None,
+    ) -> Page[Job]:
+        """Newest first; only jobs that have all the metadata given. Raises NotFound for an unknown ``after``."""
+        return self._store.list_jobs(after=after, limit=limit, metadata=dict(metadata or {}), client_id=client_id)
+
+    def cancel(self, job_id: str) -> Job:
+        """Stop the job for good; a running one is told to. Raises NotFound, TransitionRefused once it has ended."""
+        return self._store.request_stop(job_id, "cancel")
+
+    def pause(self, job_id: str) -> Job:
+        """Stop the job, to be continued from its checkpoint. Raises NotFound, TransitionRefused."""
+        return self._store.request_stop(job_id, "pause")
+
+    def resume(self, job_id: str) -> Job:
+        """Queue a paused job again. Raises NotFound, TransitionRefused."""
+        return self._store.resume(job_id)
+
+    def events(
+        self, job_id: str, *, after: str | None = None, limit: int = 20, order: Literal["asc", "desc"] = "desc"
+    ) -> Page[JobEvent]:
+        """The job's history from the event after ``after`` on. Raises NotFound."""
+        return self._store.list_events(job_id, after=after, limit=limit, order=order)
+
+    def artifacts(self, job_id: str, *, after: str | None = None, limit: int = 10) -> Page[Checkpoint]:
+        """The job's complete checkpoints, newest first. Raises NotFound."""
+        return self._store.list_checkpoints(job_id, after=after, limit=limit)
+
+    # ---------------------------------------------------------------- service
+
+    def count_jobs(self) -> dict[JobStatus, int]:
+        """Jobs by state. Raises Overloaded when the store does not answer."""
+        try:
+            return self._store.count_jobs()
+        except SQLAlchemyError as error:
+            raise Overloaded(f"The database does not answer ({type(error).__name__}): try again later.") from error
+
+    # ---------------------------------------------------------------- private
+
+    def _register(self, stored: StoredBytes, filename: str, purpose: str) -> StoredFile:
+        return self._store.add_file(
+            StoredFile(
+                id=f"file-{secrets.token_hex(12)}",
+                filename=_short(filename),
+                purpose=purpose,
+                bytes=stored.bytes,
+                sha256=stored.sha256,
+                created_at=time.time(),
+            )
+        )
+
+    def _submitted_before(self, request: JobRequest) -> Job | None:
+        client_id = request.options.client_id
+        existing = None if client_id is None else self._store.find_by_client_id(client_id)
+        if existing is not None and existing.request.digest != request.digest:
+            raise ClientIdConflict(
+                f"Client id {client_id!r} belongs to job {existing.id}, which was submitted with another body. "
+                "Use a new id for a new job.",
+                param="trl.client_id",
+            )
+        return existing
+
+    def _require_consistent(self, request: JobRequest) -> None:
+        if request.options.optimizer.learning_rate is not None and request.learning_rate_multiplier is not None:
+            raise InvalidRequest(
+                "Both learning_rate_multiplier and trl.optimizer.learning_rate are given: the first scales the "
+                "default rate, the second replaces it. Give one.",
+                param="trl.optimizer.learning_rate",
+            )
+        if request.suffix is not None and not _SUFFIX.fullmatch(request.suffix):
+            raise InvalidRequest(
+                f"suffix {request.suffix!r} must be 1 to 64 letters, digits, '_' or '-'.", param="suffix"
+            )
+        if request.validation_file is not None and request.options.evaluation.split > 0:
+            raise InvalidRequest(
+                "Both validation_file and trl.evaluation.split are given: held-out pairs come from one of them.",
+                param="trl.evaluation.split",
+            )
+
+    def _require_resources(self, request: JobRequest) -> None:
+        here = self.devices
+        wanted = request.options.devices
+        if here.count == 0:
+            raise ResourcesExceeded(
+                "TRL_DEVICE is cuda, but this host has 0 GPUs: set TRL_DEVICE=auto or cpu on the service.",
+                param="trl.devices",
+            )
+        if wanted > here.count:
+            more = ", or raise TRL_CPU_SLOTS on the service" if here.kind == "cpu" else ""
+            raise ResourcesExceeded(
+                f"The job asks for {wanted} devices and this host has {here.describe()}: ask for fewer{more}.",
+                param="trl.devices",
+            )
+        if request.options.precision == "fp16" and here.kind == "cpu":
+            raise ResourcesExceeded(
+                "precision fp16 needs a GPU, and this host trains on its CPU: use auto, fp32 or bf16.",
+                param="trl.precision",
+            )
+
+    def _data_path(self, file_id: str, param: str) -> Path:
+        try:
+            return self.file_content(file_id)
+        except NotFound as error:
+            raise InvalidRequest(
+                f"{error.message} Upload the data with POST /v1/files, and give the id that it answers.", param=param
+            ) from error
+
+
+def resolve_spec(
+    request: JobRequest,
+    *,
+    job_id: str,
+    model_path: Path | None,
+    training_file: Path,
+    validation_file: Path | None,
+    device: Literal["auto", "cuda", "cpu", "mps"],
+) -> TrainingSpec:
+    """The complete specification of a job: every "auto" of the request replaced by its value."""
+    base_rate = LORA_LEARNING_RATE if request.options.tuning == "lora" else FULL_LEARNING_RATE
+    multiplier = 1.0 if request.learning_rate_multiplier is None else request.learning_rate_multiplier
+    return TrainingSpec(
+        job_id=job_id,
+        method=request.method,
+        model=request.model,
+        model_path=None if model_path is None else str(model_path),
+        training_file=str(training_file),
+        validation_file=None if validation_file is None else str(validation_file),
+        seed=AUTO_SEED if request.seed is None else request.seed,
+        beta=AUTO_BETA if request.beta is None else request.beta,
+        batch_size=AUTO_BATCH_SIZE if request.batch_size is None else request.batch_size,
+        n_epochs=AUTO_EPOCHS if request.n_epochs is None else request.n_epochs,
+        learning_rate=request.options.optimizer.learning_rate or base_rate * multiplier,
+        device=device,
+        options=request.options,
+    )
+
+
+def require_purpose(purpose: str) -> None:
+    """Raises InvalidRequest unless the purpose is the one there is."""
+    if purpose != PURPOSE:
+        raise InvalidRequest(f"purpose {_short(purpose)!r} is not supported here: use {PURPOSE!r}.", param="purpose")
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= MAX_FILENAME else name[: MAX_FILENAME - 3] + "..."

@@ -1,0 +1,190 @@
+"""``TrlTrainingService``, the Bento. It only wires: settings, store, core object, HTTP app, supervisor.
+
+Started by ``bentoml serve bento_service.service:TrlTrainingService``, or as a script: ``python service.py``.
+The process that serves, and BentoML's arbiter, which imports this module too, load no torch, transformers or trl.
+"""
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    # A script's own folder is the first place imports look in; there, our modules could shadow a library's.
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+    from bento_service import service
+
+    sys.exit(service.main())
+
+import os
+
+# Read by BentoML when it is imported and when it allocates workers. GPUs are for trainers: given to the API worker,
+# they would be hidden from the count of what this host has.
+os.environ.setdefault("BENTOML_DISABLE_GPU_ALLOCATION", "1")
+os.environ.setdefault("BENTOML_DO_NOT_TRACK", "true")
+
+from http import HTTPStatus
+from typing import Annotated, Any
+
+import bentoml
+import structlog
+from bentoml.exceptions import BentoMLException
+from pydantic import Field
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from bento_service import __version__
+from bento_service.api.app import create_app, in_front_of
+from bento_service.api.errors import status_of
+from bento_service.api.wire import CreateJob, DpoHyperparameters, DpoMethod, JobObject, Method
+from bento_service.errors import TrlRemoteError
+from bento_service.files import FileStorage
+from bento_service.jobs.keeper import SupervisorKeeper
+from bento_service.jobs.store import Store
+from bento_service.logs import configure_logs
+from bento_service.post_training import TrlPostTrainingImpl
+from bento_service.settings import get_settings
+from bento_service.training.spec import TrlOptions
+
+log = structlog.get_logger("bento_service")
+
+http = create_app()
+
+# Requests whose first answer may take longer than BentoML's timeout, which also counts the time a body takes to
+# arrive: an upload over a slow line, and a job whose large data file is checked row by row.
+_UNTIMED = frozenset({("POST", "/v1/files"), ("POST", "/v1/fine_tuning/jobs")})
+
+
+class _GuardedService(bentoml.Service[Any]):
+    """A Bento whose every route, its own ones too, is behind our guard."""
+
+    def to_asgi(self, is_main: bool = True) -> ASGIApp:
+        bento: ASGIApp = super().to_asgi(is_main)
+
+        async def route(scope: Scope, receive: Receive, send: Send) -> None:
+            untimed = scope["type"] == "http" and (scope["method"], scope["path"]) in _UNTIMED
+            await (http if untimed else bento)(scope, receive, send)
+
+        return in_front_of(route, get_settings())
+
+
+@bentoml.service(
+    name="trl_training_service",
+    service_class=_GuardedService,
+    http={"port": 8080},
+    resources={"gpu": 1},  # for BentoCloud; a host without one serves just as well
+    workers=1,
+    threads=4,
+    # BentoML keeps a timer of about 5 kB per request for this long, answered or not (seconds).
+    traffic={"timeout": 60},
+    # BentoML's own metrics have a label per path, and so one per job id.
+    metrics={"enabled": False},
+)
+@bentoml.asgi_app(http, path="/")
+class TrlTrainingService:
+    """Trains models on preference data with TRL.
+
+    The complete HTTP API, in the shape of OpenAI's fine-tuning API, is documented at `/docs`.
+    The three endpoints here are its main verbs for BentoML's own clients.
+    """
+
+    def __init__(self) -> None:
+        configure_logs()
+        settings = get_settings()
+        files = FileStorage(settings.files_path, settings.max_file_bytes)
+        files.remove_abandoned()
+        self._store = Store.open(settings.sqlalchemy_url)
+        self._impl = TrlPostTrainingImpl(settings, self._store, files)
+        self._keeper = SupervisorKeeper(settings)
+        http.state.impl = self._impl
+
+    @bentoml.on_startup
+    def start_supervisor(self) -> None:
+        self._keeper.start()
+        devices = self._impl.devices
+        log.info("service.started", version=__version__, home=str(get_settings().home), device=devices.describe())
+
+    @bentoml.on_shutdown
+    def stop_supervisor(self) -> None:
+        self._keeper.stop()
+        self._store.close()
+        log.info("service.stopped")
+
+    def __is_ready__(self) -> bool:
+        try:
+            self._impl.count_jobs()
+        except TrlRemoteError as error:
+            log.error("service.not_ready", reason=error.message)
+            return False
+        return self._keeper.is_alive()
+
+    @bentoml.api
+    def train_dpo(
+        self,
+        model: Annotated[str, Field(description="Base model, <org>/<name>.")],
+        training_file: Annotated[str, Field(description="Id of a file uploaded with POST /v1/files.")],
+        validation_file: Annotated[str | None, Field(description="Id of a file of pairs that are scored.")] = None,
+        hyperparameters: DpoHyperparameters | None = None,
+        suffix: str | None = None,
+        seed: int | None = None,
+        metadata: dict[str, str] | None = None,
+        trl: TrlOptions | None = None,
+    ) -> JobObject:
+        """Submit a DPO job: `POST /v1/fine_tuning/jobs`."""
+        body = CreateJob(
+            model=model,
+            training_file=training_file,
+            validation_file=validation_file,
+            method=Method(type="dpo", dpo=DpoMethod(hyperparameters=hyperparameters or DpoHyperparameters())),
+            suffix=suffix,
+            seed=seed,
+            metadata=metadata,
+            trl=trl or TrlOptions(),
+        )
+        try:
+            return JobObject.of(self._impl.submit(body.to_request()))
+        except TrlRemoteError as error:
+            raise _for_bentoml(error) from error
+
+    @bentoml.api
+    def job_status(self, job_id: str) -> JobObject:
+        """Describe a job: `GET /v1/fine_tuning/jobs/{id}`."""
+        try:
+            return JobObject.of(self._impl.status(job_id))
+        except TrlRemoteError as error:
+            raise _for_bentoml(error) from error
+
+    @bentoml.api
+    def cancel_job(self, job_id: str) -> JobObject:
+        """Cancel a job: `POST /v1/fine_tuning/jobs/{id}/cancel`."""
+        try:
+            return JobObject.of(self._impl.cancel(job_id))
+        except TrlRemoteError as error:
+            raise _for_bentoml(error) from error
+
+
+def _for_bentoml(error: TrlRemoteError) -> BentoMLException:
+    return BentoMLException(error.message, error_code=HTTPStatus(status_of(error)))
+
+
+def main() -> int:
+    """Serve in this process, without BentoML's arbiter. Returns the exit status."""
+    import uvicorn
+
+    settings = get_settings()
+    print("Starting TRL Remote Training Service...", flush=True)
+    bento: Any = TrlTrainingService  # what the decorators make of the class
+    app = _announced(bento.to_asgi())
+    uvicorn.run(app, host=settings.host, port=settings.port, server_header=False, timeout_graceful_shutdown=10)
+    return 0
+
+
+def _announced(app: ASGIApp) -> ASGIApp:
+    """Says on stdout that the service is up, once it is, and before uvicorn names its address."""
+
+    async def announced(scope: Scope, receive: Receive, send: Send) -> None:
+        async def watch(message: Message) -> None:
+            if message["type"] == "lifespan.startup.complete":
+                print("Service initialized successfully", flush=True)
+            await send(message)
+
+        await app(scope, receive, watch if scope["type"] == "lifespan" else send)
+
+    return announced
