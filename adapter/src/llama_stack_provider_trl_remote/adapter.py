@@ -14,7 +14,7 @@ import httpx
 from . import compat
 from .client import TrainingServiceClient
 from .config import TrlRemoteConfig
-from .errors import AdapterError, Conflict, NotFound, RequestRefused, ServiceUnavailable
+from .errors import AdapterError, Conflict, NotFound, NotSupported, RequestRefused, ServiceUnavailable
 from .request import FINGERPRINT, JobPlan, plan_dpo
 from .rows import DatasetFile, local_jsonl, spooled
 from .service import Job
@@ -51,7 +51,7 @@ class TrlRemoteAdapter:
         await self.client.close()
 
     async def supervised_fine_tune(self, request: compat.SupervisedFineTuneRequest) -> compat.PostTrainingJob:
-        raise NotImplementedError(
+        raise NotSupported(
             "remote::trl_remote trains by preference-optimize (DPO); supervised fine-tuning comes with a later release"
         )
 

@@ -20,17 +20,16 @@ from llama_stack_api import (
     PostTrainingJobStatusResponse,
     PreferenceOptimizeRequest,
     RemoteProviderSpec,
-    ResourceNotFoundError,
     SupervisedFineTuneRequest,
 )
 from llama_stack_api.common.errors import LlamaStackError
 from llama_stack_api.datasets import GetDatasetRequest
 
 __all__ = [
+    "AnsweredError",
     "Api",
     "CancelTrainingJobRequest",
     "Checkpoint",
-    "ConflictError",
     "GetTrainingJobArtifactsRequest",
     "GetTrainingJobStatusRequest",
     "JobStatus",
@@ -41,11 +40,19 @@ __all__ = [
     "PostTrainingJobStatusResponse",
     "PreferenceOptimizeRequest",
     "RemoteProviderSpec",
-    "ResourceNotFoundError",
     "SupervisedFineTuneRequest",
     "get_dataset",
     "read_rows",
 ]
+
+
+class AnsweredError(ConflictError):
+    """Base of errors that the server answers with their own ``status_code``.
+
+    The server has handlers of its own for only a few classes, ConflictError among them, and takes the code from the
+    error itself. An error of any other class, a ValueError too, is answered and then raised on, whereupon uvicorn
+    closes the connection: the next request of a client that keeps its connections open fails with a reset.
+    """
 
 
 async def get_dataset(datasets: Any, dataset_id: str) -> Any:

@@ -1,9 +1,10 @@
-"""Every error the adapter raises on purpose, and the status code that Llama Stack gives it.
+"""Every error the adapter raises on purpose, and the status code that Llama Stack answers with.
 
     AdapterError
     ├── RequestRefused       400  the request cannot be carried out as it is
     ├── NotFound             404  no such job, or something the service does not have
     ├── Conflict             409  the job_uuid is taken, or the job's state does not allow this
+    ├── NotSupported         501  this provider does not do that
     └── ServiceUnavailable   502  the training service cannot be reached, fails, or refuses the adapter's key
 
 Each message says what happened, where, and what to do.
@@ -12,29 +13,28 @@ Each message says what happened, where, and what to do.
 from . import compat
 
 
-class AdapterError(Exception):
-    """Root of the tree."""
+class AdapterError(compat.AnsweredError):
+    """Root of the tree. The stack answers with ``status_code`` and the message."""
 
     def __init__(self, message: str) -> None:
-        # Not super().__init__: the stack's not-found class would build a message of its own.
-        Exception.__init__(self, message)
+        super().__init__(message)
 
 
 class RequestRefused(AdapterError, ValueError):
-    """The stack answers 400 to every ValueError."""
-
     status_code = 400
 
 
-class NotFound(AdapterError, compat.ResourceNotFoundError):
-    """Derives from the stack's class, which it answers with 404."""
+class NotFound(AdapterError):
+    status_code = 404
 
 
-class Conflict(AdapterError, compat.ConflictError):
-    """Derives from the stack's class, which it answers with 409."""
+class Conflict(AdapterError):
+    status_code = 409
+
+
+class NotSupported(AdapterError, NotImplementedError):
+    status_code = 501
 
 
 class ServiceUnavailable(AdapterError):
-    """The stack answers with ``status_code``."""
-
     status_code = 502
