@@ -243,6 +243,14 @@ def test_supervised_fine_tuning_is_not_there_yet(stack: Stack) -> None:
     assert "preference-optimize" in message(response)
 
 
+def test_a_refusal_keeps_the_connection(stack: Stack, dataset: str) -> None:
+    # An error that the server only passes on is answered and then closes the connection under the next request.
+    for _ in range(3):
+        assert stack.optimize(dataset, algorithm_config={"beta": -1}).status_code == 400
+        assert stack.http.get(JOBS).status_code == 200
+    assert "Exception in ASGI application" not in stack.server.log()
+
+
 def test_the_stack_starts_without_the_service_and_says_so(lonely_stack: Stack) -> None:
     dataset = lonely_stack.register({"type": "rows", "rows": ROWS})
     for response in (lonely_stack.optimize(dataset), lonely_stack.http.get(JOBS)):

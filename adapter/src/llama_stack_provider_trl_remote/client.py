@@ -8,7 +8,14 @@ from urllib.parse import quote
 
 import httpx
 from pydantic import ValidationError
-from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, stop_after_attempt, wait_exponential_jitter
+from tenacity import (
+    AsyncRetrying,
+    RetryCallState,
+    retry_if_exception,
+    stop_after_attempt,
+    wait_exponential,
+    wait_random,
+)
 
 from .config import TrlRemoteConfig
 from .errors import Conflict, NotFound, RequestRefused, ServiceUnavailable
@@ -54,11 +61,9 @@ class TrainingServiceClient:
         self._transport = transport
         self._http: httpx.AsyncClient | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._backoff = wait_exponential_jitter(
-            initial=config.retries.initial_backoff_seconds,
-            max=config.retries.max_backoff_seconds,
-            jitter=config.retries.initial_backoff_seconds,
-        )
+        self._backoff = wait_exponential(
+            multiplier=config.retries.initial_backoff_seconds, max=config.retries.max_backoff_seconds
+        ) + wait_random(0, config.retries.initial_backoff_seconds)
 
     async def close(self) -> None:
         if self._http is not None and self._loop is asyncio.get_running_loop():
