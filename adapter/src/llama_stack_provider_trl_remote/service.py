@@ -22,6 +22,7 @@ class JobExtension(ServiceObject):
     started_at: int | None = None  # unix seconds
     attempt: int = 0
     queue_position: int | None = None  # 1 is next
+    wanted: str | None = None  # cancel or pause: asked for, not yet carried out
     progress: dict[str, Any] | None = None  # step, total_steps, epoch, tokens, metrics
 
 

@@ -44,6 +44,7 @@ def job_status(job: Job, checkpoints: Sequence[Checkpoint], base_url: str) -> co
             "model": job.model,
             "fine_tuned_model": job.fine_tuned_model,
             "attempt": job.trl.attempt,
+            "wanted": job.trl.wanted,
             "queue_position": job.trl.queue_position,
             "estimated_finish": job.estimated_finish,
             "progress": progress,

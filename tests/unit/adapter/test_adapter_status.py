@@ -70,6 +70,7 @@ def test_what_llama_stack_has_no_field_for() -> None:
         "model": "org/model",
         "fine_tuned_model": None,
         "attempt": 0,
+        "wanted": None,
         "queue_position": 1,
         "estimated_finish": None,
         "progress": {"step": 0, "total_steps": None, "epoch": 0.0, "tokens": 0},
