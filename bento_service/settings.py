@@ -53,6 +53,18 @@ class Settings(BaseSettings):
     grace_seconds: float = Field(
         default=30, ge=0, description="Time a trainer has to checkpoint after SIGTERM before SIGKILL."
     )
+    max_run_seconds: float | None = Field(
+        default=None, gt=0, description="Longest running time of any job, over all its attempts."
+    )
+    idle_warn_seconds: float = Field(
+        default=1800, gt=0, description="A trainer that reported nothing for this long gets a warning event."
+    )
+    idle_stop_seconds: float | None = Field(
+        default=None, gt=0, description="A trainer that reported nothing for this long is stopped and retried."
+    )
+    max_log_bytes: int = Field(
+        default=50 * 2**20, ge=1024, description="A trainer's log is rotated at this size; one old part is kept."
+    )
     max_attempts: int = Field(default=3, ge=1, description="Launches of one job before it is given up.")
     retry_backoff_seconds: float = Field(
         default=5, ge=0, description="Wait before the second attempt; doubles for each further one."

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 from bento_service.training.events import EventWriter, read_events
+from bento_service.training.lease import LeaseWatch
 from bento_service.training.run_directory import Outcome, RunDirectory
 
 parser = argparse.ArgumentParser()
@@ -26,6 +27,7 @@ if arguments.await_go and sys.stdin.readline() != "go\n":
 
 run = RunDirectory(arguments.run)
 run.read_spec()
+LeaseWatch(run.lease_file, period=0.05).start()
 script = {"steps": 3, "step_seconds": 0.0, "ends": "succeeded", "crashes": 0, "ignore_sigterm": False}
 if (run.path / "script.json").exists():
     script |= json.loads((run.path / "script.json").read_text())

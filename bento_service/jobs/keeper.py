@@ -1,16 +1,14 @@
 """Keeps a supervisor process alive beside an API worker, and knows whether one is."""
 
-import json
 import os
 import subprocess
 import sys
 import threading
-import time
 
 import structlog
 
+from bento_service.jobs import host_lock
 from bento_service.jobs.launcher import PACKAGE_PARENT
-from bento_service.jobs.supervisor import heartbeat_file
 from bento_service.settings import Settings
 
 log = structlog.get_logger("keeper")
@@ -42,11 +40,7 @@ class SupervisorKeeper:
 
     def is_alive(self) -> bool:
         """Whether this host's supervisor, ours or another worker's, gave a sign of life lately."""
-        try:
-            state = json.loads(heartbeat_file(self._settings).read_text())
-        except FileNotFoundError:
-            return False
-        return bool(time.time() - state["time"] < self._settings.lease_seconds)
+        return host_lock.supervisor_pid(self._settings) is not None
 
     def _keep(self) -> None:
         while not self._stopping.is_set():
@@ -69,7 +63,7 @@ class SupervisorKeeper:
         rest = os.environ.get("PYTHONPATH")
         python_path = PACKAGE_PARENT + (os.pathsep + rest if rest else "")
         return subprocess.Popen(
-            [sys.executable, "-m", "bento_service.jobs.supervisor"],
+            [sys.executable, "-m", "bento_service.jobs"],
             stdin=subprocess.PIPE,  # never written: it closes when this process dies
             env={**os.environ, "PYTHONPATH": python_path},
         )

@@ -1,57 +1,50 @@
-"""The process that runs jobs: claims them, launches trainers, carries their events into the store.
+"""Keeps the jobs of one host moving: claims them, launches trainers, carries their events into the store."""
 
-``python -m bento_service.jobs.supervisor``. One a host and TRL_HOME: a file lock that dies with its owner decides,
-others wait. SIGTERM drains: trainers checkpoint and their jobs are queued again. When the parent that started it
-dies (its standard input closes), it ends at once and leaves the trainers running for the next supervisor to adopt.
-"""
-
-import fcntl
-import json
 import os
-import select
 import shlex
-import signal
 import socket
-import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Literal
 
 import structlog
+from sqlalchemy.exc import SQLAlchemyError
 
+from bento_service.jobs import trainer_log
 from bento_service.jobs.devices import Devices, visible_devices
-from bento_service.jobs.job import Job, JobError, JobStatus, Lease
+from bento_service.jobs.job import Attempt, Job, Lease
 from bento_service.jobs.launcher import AdoptedTrainer, Exit, LaunchedTrainer, Trainer, is_alive
 from bento_service.jobs.store import LeaseLost, Store
-from bento_service.settings import Settings, get_settings
+from bento_service.jobs.verdict import StopReason, judge
+from bento_service.settings import Settings
+from bento_service.training import lease as trainer_lease
 from bento_service.training.events import read_events
-from bento_service.training.run_directory import Outcome, RunDirectory, write_durably
+from bento_service.training.run_directory import RunDirectory
 
 log = structlog.get_logger("supervisor")
-
-StopReason = Literal["cancel", "pause", "drain"]
 
 
 @dataclass
 class Run:
-    """One job that this supervisor holds."""
+    """One job that this supervisor holds. Times are monotonic."""
 
     job: Job
     lease: Lease
     directory: RunDirectory
     trainer: Trainer
     devices: tuple[str, ...]
-    offset: int
-    renewed_at: float
+    offset: int  # bytes of events.jsonl already in the store
+    ran_before: float  # seconds of earlier attempts
+    started: float
+    renewed: float
+    last_event: float
     stop: StopReason | None = None
-    kill_at: float | None = None  # monotonic
-    last_event_at: float = field(default_factory=time.monotonic)
+    kill_at: float | None = None
+    idle_reported: bool = False
+    wanted: str | None = field(default=None)
 
 
 class Supervisor:
-    """Keeps the jobs of one host moving. Everything it knows is in the store or the run directories."""
+    """Everything it knows is in the store or the run directories: another one can take over at any time."""
 
     def __init__(self, settings: Settings, store: Store, *, devices: Devices | None = None) -> None:
         self.settings = settings
@@ -62,8 +55,6 @@ class Supervisor:
         self.draining = False
         self.runs: dict[str, Run] = {}
 
-    # --------------------------------------------------------------- lifetime
-
     def reconcile(self) -> None:
         """Before anything is claimed: take over what an earlier supervisor of this host left running."""
         for job, attempt in self.store.running(host=self.host):
@@ -72,25 +63,19 @@ class Supervisor:
             )
             if lease is None:
                 continue
-            pid, created_at = attempt.pid, attempt.pid_created_at
-            run = Run(
-                job=job,
-                lease=lease,
-                directory=self._directory(job),
-                trainer=AdoptedTrainer(pid or -1, created_at or 0.0),
-                devices=tuple(attempt.devices),
-                offset=self.store.event_offset(lease),
-                renewed_at=time.monotonic(),
-            )
-            self.runs[job.id] = run
-            alive = pid is not None and created_at is not None and is_alive(pid, created_at)
+            pid, created_at = attempt.pid or -1, attempt.pid_created_at or 0.0
+            alive = attempt.pid is not None and is_alive(pid, created_at)
+            self._hold(job, lease, AdoptedTrainer(pid, created_at), attempt)
             log.info("job taken over", job=job.id, trainer_alive=alive)
             if alive:
+                trainer_lease.renew(self._directory(job).lease_file, time.time())
                 self.store.note(lease, f"Supervisor restarted: trainer {pid} is still running and was adopted")
 
     def step(self) -> None:
-        """One round over all that is running and all that waits."""
-        self._reclaim_stale()
+        """One round over all that is running and all that waits.
+
+        A database or disk that does not answer is waited for: the jobs' leases run out before anything is lost.
+        """
         for run in list(self.runs.values()):
             try:
                 self._attend(run)
@@ -98,8 +83,14 @@ class Supervisor:
                 log.warning("lease lost, trainer ended", job=run.job.id, reason=str(lost))
                 run.trainer.kill()
                 del self.runs[run.job.id]
-        while not self.draining and self._claim_next():
-            pass
+            except (OSError, SQLAlchemyError) as error:
+                log.error("will try again", job=run.job.id, error=str(error))
+        try:
+            self._reclaim_stale()
+            while not self.draining and self._claim_next():
+                pass
+        except SQLAlchemyError as error:
+            log.error("the database does not answer", error=str(error))
 
     def drain(self) -> None:
         """Claim nothing more; ask every trainer to checkpoint and end. ``step`` sees it through."""
@@ -111,28 +102,35 @@ class Supervisor:
     # ---------------------------------------------------------------- running
 
     def _attend(self, run: Run) -> None:
-        now = time.monotonic()
-        if now - run.renewed_at >= self.settings.heartbeat_seconds:
-            self.store.heartbeat(run.lease, lease_seconds=self.settings.lease_seconds)
-            run.renewed_at = now
-        wanted = self.store.wanted([run.lease])
-        if run.job.id not in wanted:
-            raise LeaseLost(f"lease {run.lease.token} on {run.job.id} is over")
         exit = run.trainer.poll()  # before the events, so that those of a dead trainer are all read
+        self._renew(run)
         self._carry_events(run)
-        asked = wanted[run.job.id]
+        trainer_log.rotate(run.directory.log_file, self.settings.max_log_bytes)
         if exit is not None:
-            self._conclude(run, exit, "cancel" if asked == "cancel" else run.stop or asked)
-        elif asked is not None and run.stop != asked:
-            self._ask_to_stop(run, "cancel" if asked == "cancel" else "pause")
-        elif run.kill_at is not None and now >= run.kill_at:
-            self.store.note(
-                run.lease,
-                f"The trainer did not end within {self.settings.grace_seconds:g} s and was killed",
-                level="warn",
-            )
+            self._conclude(run, exit)
+            return
+        reason = self._reason_to_stop(run)
+        if reason is not None:
+            self._ask_to_stop(run, reason)
+        if run.kill_at is not None and time.monotonic() >= run.kill_at:
+            grace = self.settings.grace_seconds
+            self.store.note(run.lease, f"The trainer did not end within {grace:g} s and was killed", level="warn")
             run.trainer.kill()
             run.kill_at = None
+
+    def _renew(self, run: Run) -> None:
+        """Every round asks what is wanted; every heartbeat renews the lease, the trainer's after the store's."""
+        now = time.monotonic()
+        if now - run.renewed >= self.settings.heartbeat_seconds:
+            touched = time.time()
+            run.wanted = self.store.heartbeat(run.lease, lease_seconds=self.settings.lease_seconds)
+            trainer_lease.renew(run.directory.lease_file, touched)
+            run.renewed = now
+        else:
+            wanted = self.store.wanted([run.lease])
+            if run.job.id not in wanted:
+                raise LeaseLost(f"lease {run.lease.token} on {run.job.id} is over")
+            run.wanted = wanted[run.job.id]
 
     def _carry_events(self, run: Run) -> None:
         while True:
@@ -141,67 +139,64 @@ class Supervisor:
                 return
             self.store.record(run.lease, events, offset=offset)
             run.offset = offset
-            run.last_event_at = time.monotonic()
+            run.last_event = time.monotonic()
+            run.idle_reported = False
+
+    def _reason_to_stop(self, run: Run) -> StopReason | None:
+        if run.wanted == "cancel":
+            return "cancel"
+        if run.wanted == "pause":
+            return "pause"
+        now = time.monotonic()
+        limit = self._run_time_limit(run.job)
+        if limit is not None and run.ran_before + now - run.started > limit:
+            return "run_time"
+        idle = now - run.last_event
+        if self.settings.idle_stop_seconds is not None and idle > self.settings.idle_stop_seconds:
+            return "idle"
+        if idle > self.settings.idle_warn_seconds and not run.idle_reported:
+            run.idle_reported = True
+            self.store.note(run.lease, f"No progress from the trainer for {idle:.0f} s", level="warn")
+        return None
+
+    def _run_time_limit(self, job: Job) -> float | None:
+        limits = [self.settings.max_run_seconds, job.spec.options.max_run_seconds]
+        return min((limit for limit in limits if limit is not None), default=None)
 
     def _ask_to_stop(self, run: Run, reason: StopReason) -> None:
-        first = run.stop is None
-        run.stop = reason
-        if first:
+        """The first reason sends the signal; a cancel that comes later only changes what the end will mean."""
+        if run.stop is None:
             run.trainer.terminate()
             run.kill_at = time.monotonic() + self.settings.grace_seconds
+        if run.stop is None or reason == "cancel":
+            run.stop = reason
 
-    def _conclude(self, run: Run, exit: Exit, stop: str | None) -> None:
-        """The trainer is gone: decide what its end means for the job."""
-        outcome = run.directory.read_outcome(run.job.attempt)
-        to, message, error, retry_after, infrastructure = self._verdict(run, exit, stop, outcome)
+    def _conclude(self, run: Run, exit: Exit) -> None:
+        run.trainer.kill()  # whatever it left behind in its process group
+        stop = self._reason_to_stop(run) if run.wanted is not None else run.stop
+        verdict = judge(
+            attempt=run.job.attempt,
+            failures=self.store.failures(run.job.id),
+            exit=exit,
+            stop=stop,
+            outcome=run.directory.read_outcome(run.job.attempt),
+            log_tail=run.directory.log_tail(),
+            max_attempts=self.settings.max_attempts,
+            backoff_seconds=self.settings.retry_backoff_seconds,
+            max_run_seconds=self._run_time_limit(run.job),
+        )
         self.store.finish(
             run.lease,
-            to,
-            message,
-            error=error,
+            verdict.to,
+            verdict.message,
+            error=verdict.error,
             exit_code=exit.code,
             signal=exit.signal,
-            retry_after=retry_after,
-            infrastructure=infrastructure,
+            retry_after=verdict.retry_after,
+            infrastructure=verdict.infrastructure,
         )
-        run.trainer.kill()  # whatever the trainer left behind in its process group
         del self.runs[run.job.id]
-        log.info("attempt ended", job=run.job.id, attempt=run.job.attempt, to=to.value, reason=message)
-
-    def _verdict(
-        self, run: Run, exit: Exit, stop: str | None, outcome: Outcome | None
-    ) -> tuple[JobStatus, str, JobError | None, float, bool]:
-        """Next state, event message, error, back-off in seconds, and whether infrastructure was to blame."""
-        if outcome is not None and outcome.status == "succeeded":
-            return JobStatus.SUCCEEDED, "The job has been completed", None, 0.0, False
-        if outcome is not None and outcome.status == "failed" and not outcome.retryable:
-            error = JobError(
-                code=outcome.code or "training_failed", message=outcome.message or "", param=outcome.param
-            )
-            return JobStatus.FAILED, f"Training failed: {error.message}", error, 0.0, False
-        if stop == "cancel":
-            return JobStatus.CANCELLED, "Job cancelled on request", None, 0.0, False
-        if stop == "pause":
-            return JobStatus.PAUSED, "Job paused on request; its device is free", None, 0.0, False
-        if stop == "drain":
-            return JobStatus.QUEUED, "Service stopping: the job is queued again", None, 0.0, False
-        if outcome is not None and outcome.status == "failed":
-            cause = outcome.message or "the trainer failed"
-        elif outcome is not None:
-            cause = "the trainer was stopped by a signal from outside the service"
-        else:
-            cause = f"the trainer died: {exit.describe()}"
-        failures = self.store.failures(run.job.id) + 1
-        if failures < self.settings.max_attempts:
-            wait = self.settings.retry_backoff_seconds * 2 ** (failures - 1)
-            message = f"Attempt {run.job.attempt} ended, {cause}; the next one starts in {wait:g} s"
-            return JobStatus.QUEUED, message, None, wait, True
-        tail = "\n".join(run.directory.log_tail())
-        error = JobError(
-            code="trainer_died" if outcome is None else outcome.code or "training_failed",
-            message=f"Given up after {failures} attempts: {cause}. The log ends with:\n{tail or '(the log is empty)'}",
-        )
-        return JobStatus.FAILED, f"Given up after {failures} attempts: {cause}", error, 0.0, True
+        log.info("attempt ended", job=run.job.id, attempt=run.job.attempt, to=verdict.to.value, reason=verdict.message)
 
     # --------------------------------------------------------------- claiming
 
@@ -220,6 +215,7 @@ class Supervisor:
         directory = self._directory(job)
         try:
             directory.write_spec(job.spec)
+            trainer_lease.grant(directory.lease_file, self.settings.lease_seconds)
             trainer = LaunchedTrainer(
                 directory,
                 command=shlex.split(self.settings.trainer_command or ""),
@@ -233,49 +229,93 @@ class Supervisor:
             log.error("launch failed", job=job.id, error=str(error))
             self._conclude_unlaunched(job, lease, error)
             return True
-        self.store.launched(lease, pid=trainer.pid, pid_created_at=trainer.created_at, devices=devices)
+        try:
+            self.store.launched(lease, pid=trainer.pid, pid_created_at=trainer.created_at, devices=devices)
+        except BaseException:
+            trainer.kill()  # unrecorded, so nobody could ever find it again
+            raise
         trainer.go()
-        self.runs[job.id] = Run(
-            job=job,
-            lease=lease,
-            directory=directory,
-            trainer=trainer,
-            devices=devices,
-            offset=self.store.event_offset(lease),
-            renewed_at=time.monotonic(),
-        )
+        self._hold(job, lease, trainer, self.store.list_attempts(job.id)[-1])
         log.info("trainer started", job=job.id, attempt=job.attempt, pid=trainer.pid, devices=devices)
         return True
 
     def _conclude_unlaunched(self, job: Job, lease: Lease, error: OSError) -> None:
-        failures = self.store.failures(job.id) + 1
-        wait = self.settings.retry_backoff_seconds * 2 ** (failures - 1)
-        final = failures >= self.settings.max_attempts
+        verdict = judge(
+            attempt=job.attempt,
+            failures=self.store.failures(job.id),
+            exit=Exit(),
+            stop=None,
+            outcome=None,
+            log_tail=[f"The trainer could not be started: {error}"],
+            max_attempts=self.settings.max_attempts,
+            backoff_seconds=self.settings.retry_backoff_seconds,
+        )
         self.store.finish(
             lease,
-            JobStatus.FAILED if final else JobStatus.QUEUED,
-            f"The trainer could not be started: {error}",
-            error=JobError(code="launch_failed", message=str(error)) if final else None,
-            retry_after=wait,
+            verdict.to,
+            f"{verdict.message} (it could not be started: {error})",
+            error=verdict.error,
+            retry_after=verdict.retry_after,
             infrastructure=True,
         )
 
     def _reclaim_stale(self) -> None:
-        """Jobs of supervisors that stopped renewing their leases, on this host or another."""
+        """Jobs of supervisors that stopped renewing their leases, on this host or another.
+
+        Their trainers have ended by themselves before the lease did (``training.lease``).
+        """
         for job, attempt in self.store.running(stale_at=time.time()):
             if job.id in self.runs:
                 continue
             lease = self.store.adopt(
                 job.id, self.owner, lease_seconds=self.settings.lease_seconds, from_token=job.lease_token
             )
-            if lease is not None:
-                log.warning("stale lease taken over", job=job.id, host=attempt.host)
-                self.store.finish(
-                    lease,
-                    JobStatus.CANCELLED if job.wanted == "cancel" else JobStatus.QUEUED,
-                    f"The supervisor on {attempt.host} was lost; its lease has run out",
-                    infrastructure=True,
-                )
+            if lease is None:
+                continue
+            log.warning("stale lease taken over", job=job.id, host=attempt.host)
+            verdict = judge(
+                attempt=job.attempt,
+                failures=self.store.failures(job.id),
+                exit=Exit(),
+                stop=job.wanted,
+                outcome=self._directory(job).read_outcome(job.attempt),
+                log_tail=[f"The supervisor on {attempt.host} was lost; its lease has run out"],
+                max_attempts=self.settings.max_attempts,
+                backoff_seconds=self.settings.retry_backoff_seconds,
+            )
+            self._carry_rest(job, lease)
+            self.store.finish(
+                lease,
+                verdict.to,
+                f"The supervisor on {attempt.host} was lost. {verdict.message}",
+                error=verdict.error,
+                retry_after=verdict.retry_after,
+                infrastructure=verdict.infrastructure,
+            )
+
+    def _carry_rest(self, job: Job, lease: Lease) -> None:
+        offset = self.store.event_offset(lease)
+        while True:
+            events, offset = read_events(self._directory(job).events_file, offset)
+            if not events:
+                return
+            self.store.record(lease, events, offset=offset)
+
+    def _hold(self, job: Job, lease: Lease, trainer: Trainer, attempt: Attempt) -> None:
+        now = time.monotonic()
+        earlier = [a for a in self.store.list_attempts(job.id) if a.number < attempt.number]
+        self.runs[job.id] = Run(
+            job=job,
+            lease=lease,
+            directory=self._directory(job),
+            trainer=trainer,
+            devices=tuple(attempt.devices),
+            offset=self.store.event_offset(lease),
+            ran_before=sum((a.ended_at or a.started_at) - a.started_at for a in earlier),
+            started=now - max(0.0, time.time() - attempt.started_at),
+            renewed=now,
+            last_event=now,
+        )
 
     def _directory(self, job: Job) -> RunDirectory:
         return RunDirectory(self.settings.runs_path / job.id)
@@ -285,68 +325,3 @@ class Supervisor:
         if self.devices.kind != "cpu" or self.devices.count == 1:
             return None
         return max(1, (os.cpu_count() or 1) // self.devices.count)
-
-
-def heartbeat_file(settings: Settings) -> Path:
-    """Where this host's supervisor says that it lives."""
-    return settings.home / f"supervisor-{socket.gethostname()}.json"
-
-
-def hold_lock(settings: Settings, abandoned: Callable[[], bool]) -> int | None:
-    """Wait for this host's supervisor lock; None when ``abandoned`` came true first. Closing the fd releases it."""
-    settings.home.mkdir(parents=True, exist_ok=True)
-    fd = os.open(settings.home / f"supervisor-{socket.gethostname()}.lock", os.O_RDWR | os.O_CREAT, 0o600)
-    while True:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return fd
-        except BlockingIOError:
-            if abandoned():
-                os.close(fd)
-                return None
-            time.sleep(settings.poll_seconds)
-
-
-def main() -> int:
-    settings = get_settings()
-    stopping = False
-
-    def stop(number: int, frame: object) -> None:
-        nonlocal stopping
-        stopping = True
-
-    signal.signal(signal.SIGTERM, stop)
-    signal.signal(signal.SIGINT, stop)
-    # Parents hold the other end of standard input open and never write: readable means gone.
-    watch_parent = not sys.stdin.isatty()
-
-    def orphaned() -> bool:
-        return watch_parent and bool(select.select([sys.stdin], [], [], 0)[0])
-
-    lock = hold_lock(settings, lambda: stopping or orphaned())
-    if lock is None:
-        return 0
-    store = Store.open(settings.sqlalchemy_url)
-    supervisor = Supervisor(settings, store)
-    log.info("supervisor started", home=str(settings.home), devices=supervisor.devices.describe())
-    supervisor.reconcile()
-    beat = 0.0
-    while True:
-        if stopping and not supervisor.draining:
-            log.info("draining", running=len(supervisor.runs))
-            supervisor.drain()
-        if not stopping and orphaned():
-            log.warning("parent gone, handing over", running=len(supervisor.runs))
-            return 0
-        supervisor.step()
-        if supervisor.draining and not supervisor.runs:
-            return 0
-        if time.monotonic() - beat >= min(settings.heartbeat_seconds, 1.0):
-            beat = time.monotonic()
-            state = {"pid": os.getpid(), "time": time.time(), "draining": supervisor.draining}
-            write_durably(heartbeat_file(settings), json.dumps(state))
-        time.sleep(settings.poll_seconds)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -3,6 +3,7 @@
     TRL_HOME/runs/<job id>/
       spec.json          TrainingSpec, written before the job can be claimed
       events.jsonl       appended by the trainer, one JSON object a line (see ``events``)
+      lease              touched by the supervisor (see ``lease``)
       trainer.log        stdout and stderr of all attempts
       checkpoints/checkpoint-<step>/   complete only when it holds ``COMPLETE_MARKER``
       outcome.json       how the last attempt ended, written by the trainer as its last act
@@ -51,6 +52,10 @@ class RunDirectory:
     @property
     def log_file(self) -> Path:
         return self.path / "trainer.log"
+
+    @property
+    def lease_file(self) -> Path:
+        return self.path / "lease"
 
     @property
     def outcome_file(self) -> Path:

@@ -147,6 +147,10 @@ class TrlOptions(Options):
     priority: int = Field(default=0, ge=-100, le=100, description="Higher runs first; equal priorities by age.")
     devices: int = Field(default=1, ge=1, le=1024, description="GPUs (or CPU slots) the job needs.")
 
+    max_run_seconds: float | None = Field(
+        default=None, gt=0, description="Stop and fail the job after this much running time, over all its attempts."
+    )
+
     tuning: Literal["lora", "full"] = Field(default="lora", description="Train an adapter or all weights.")
     lora: LoraOptions = LoraOptions()
     max_length: int = Field(default=2048, ge=2, description="Tokens of prompt plus reply; longer rows are truncated.")

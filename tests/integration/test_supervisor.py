@@ -12,10 +12,11 @@ import psutil
 import pytest
 
 from bento_service.jobs.devices import Devices
+from bento_service.jobs.host_lock import supervisor_pid
 from bento_service.jobs.job import JobStatus, Lease
 from bento_service.jobs.launcher import is_alive, trainer_environment
 from bento_service.jobs.store import LeaseLost, Store
-from bento_service.jobs.supervisor import Supervisor, heartbeat_file
+from bento_service.jobs.supervisor import Supervisor
 from bento_service.settings import Settings
 from tests.job_factory import submit
 
@@ -227,9 +228,7 @@ def run_supervisor(settings):
         "TRL_DEVICE": "cpu",
         "TRL_POLL_SECONDS": "0.05",
     }
-    return subprocess.Popen(
-        [sys.executable, "-m", "bento_service.jobs.supervisor"], stdin=subprocess.PIPE, env=environment
-    )
+    return subprocess.Popen([sys.executable, "-m", "bento_service.jobs"], stdin=subprocess.PIPE, env=environment)
 
 
 def wait_for(condition, seconds=30):
@@ -261,11 +260,11 @@ def test_when_its_parent_dies_trainers_are_handed_over_and_one_supervisor_works(
     try:
         wait_for(lambda: store.get_job(job.id).progress.step >= 2)
         second = run_supervisor(settings)
-        pid = json.loads(heartbeat_file(settings).read_text())["pid"]
+        pid = supervisor_pid(settings)
         assert pid == first.pid
         first.stdin.close()
         assert first.wait(20) == 0
-        wait_for(lambda: json.loads(heartbeat_file(settings).read_text())["pid"] == second.pid)
+        wait_for(lambda: supervisor_pid(settings) == second.pid)
         (attempt,) = store.list_attempts(job.id)
         assert is_alive(attempt.pid, attempt.pid_created_at)
         store.request_stop(job.id, "cancel")
