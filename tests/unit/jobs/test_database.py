@@ -13,8 +13,8 @@ def test_the_newest_migration_is_the_one_the_code_asks_for():
     assert ScriptDirectory(str(MIGRATIONS)).get_current_head() == HEAD_REVISION
 
 
-def test_migrations_lead_to_the_schema(tmp_path):
-    engine = open_engine(f"sqlite:///{tmp_path / 'trl.db'}")
+def test_migrations_lead_to_the_schema(database_url):
+    engine = open_engine(database_url)
     with engine.connect() as connection:
         assert compare_metadata(MigrationContext.configure(connection), schema.metadata) == []
     engine.dispose()

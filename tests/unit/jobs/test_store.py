@@ -11,13 +11,6 @@ from bento_service.training.events import TrainerEvent
 from tests.job_factory import make_file, make_job, submit
 
 
-@pytest.fixture
-def store(tmp_path):
-    store = Store.open(f"sqlite:///{tmp_path / 'trl.db'}")
-    yield store
-    store.close()
-
-
 def claim(store, free_devices=1, owner="a"):
     return store.claim(owner, host="host", free_devices=free_devices, lease_seconds=30)
 
@@ -48,12 +41,11 @@ def test_a_job_comes_back_as_it_was_stored(store):
     assert states == ["validating_files", "queued"]
 
 
-def test_reopening_finds_everything(tmp_path):
-    url = f"sqlite:///{tmp_path / 'trl.db'}"
-    first = Store.open(url)
+def test_reopening_finds_everything(database_url):
+    first = Store.open(database_url)
     job = submit(first)
     first.close()
-    second = Store.open(url)
+    second = Store.open(database_url)
     assert second.get_job(job.id) == job
     second.close()
 
