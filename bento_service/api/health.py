@@ -1,5 +1,7 @@
 """``/health``: whether the service works, and how busy it is."""
 
+from typing import Any
+
 import structlog
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse
@@ -13,10 +15,12 @@ log = structlog.get_logger("bento_service.api")
 
 router = APIRouter(tags=["Service"])
 
-_UNHEALTHY = {503: {"model": Health, "description": "The database does not answer; the log says why."}}
+_UNHEALTHY: dict[int | str, dict[str, Any]] = {
+    503: {"model": Health, "description": "The database does not answer; the log says why."}
+}
 
 
-@router.get("/health", summary="Health", response_model=Health, responses={**_UNHEALTHY})
+@router.get("/health", summary="Health", response_model=Health, responses=_UNHEALTHY)
 def health(impl: Impl) -> Health | JSONResponse:
     """Open to all callers, also when API keys are set."""
     devices = impl.devices

@@ -1,0 +1,192 @@
+"""The core object: what it accepts, what it refuses at once, and what it makes of a request."""
+
+import io
+
+import pytest
+
+from bento_service.errors import (
+    ClientIdConflict,
+    Conflict,
+    InvalidDataset,
+    InvalidRequest,
+    NotFound,
+    ResourcesExceeded,
+    TransitionRefused,
+    UnknownModel,
+)
+from bento_service.jobs.job import JobStatus
+from bento_service.post_training import AUTO_BATCH_SIZE, AUTO_BETA, AUTO_EPOCHS, AUTO_SEED
+from bento_service.training.spec import FULL_LEARNING_RATE, LORA_LEARNING_RATE
+from tests.core_factory import MODEL, PAIRS, core, request, upload
+
+
+@pytest.fixture
+def impl(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with core(tmp_path) as impl:
+        yield impl
+
+
+@pytest.fixture
+def file_id(impl):
+    return upload(impl).id
+
+
+def test_auto_is_replaced_by_the_documented_defaults(impl, file_id):
+    job = impl.submit(request(file_id))
+    spec = job.spec
+    assert (spec.beta, spec.batch_size, spec.n_epochs, spec.seed) == (
+        AUTO_BETA,
+        AUTO_BATCH_SIZE,
+        AUTO_EPOCHS,
+        AUTO_SEED,
+    )
+    assert spec.learning_rate == LORA_LEARNING_RATE
+    assert spec.model_path == str(impl.settings.models_path / MODEL)
+    assert spec.training_file == str(impl.file_content(file_id))
+    assert (job.status, job.queue_position, spec.job_id) == (JobStatus.QUEUED, 1, job.id)
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "rate"),
+    [
+        ({}, {"tuning": "full"}, FULL_LEARNING_RATE),
+        ({"learning_rate_multiplier": 3.0}, {}, 3 * LORA_LEARNING_RATE),
+        ({}, {"optimizer": {"learning_rate": 2e-4}}, 2e-4),
+    ],
+)
+def test_learning_rate_is_the_given_one_or_the_default_times_the_multiplier(impl, file_id, changes, options, rate):
+    assert impl.submit(request(file_id, options=options, **changes)).spec.learning_rate == pytest.approx(rate)
+
+
+def test_given_values_are_kept(impl, file_id):
+    spec = impl.submit(request(file_id, beta=0.3, batch_size=2, n_epochs=4, seed=0)).spec
+    assert (spec.beta, spec.batch_size, spec.n_epochs, spec.seed) == (0.3, 2, 4, 0)
+
+
+def test_names_of_trained_models_differ_between_jobs_of_one_suffix(impl, file_id):
+    names = {impl.submit(request(file_id, suffix="polite")).fine_tuned_model for _ in range(2)}
+    assert len(names) == 2
+    assert all(name.startswith(f"ft:{MODEL}:polite:") for name in names)
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "error", "param", "says"),
+    [
+        (
+            {"learning_rate_multiplier": 2.0},
+            {"optimizer": {"learning_rate": 1e-5}},
+            InvalidRequest,
+            "trl.optimizer.learning_rate",
+            "Give one",
+        ),
+        ({"training_file": "file-absent"}, {}, InvalidRequest, "training_file", "file-absent"),
+        ({"validation_file": "file-absent"}, {}, InvalidRequest, "validation_file", "file-absent"),
+        ({"model": "org/absent"}, {}, UnknownModel, "model", f"'org/absent'.*HF_HUB_OFFLINE.*{MODEL}"),
+        ({"model": "absent"}, {}, UnknownModel, "model", "<org>/<name>"),
+        ({"model": "../tiny"}, {}, UnknownModel, "model", "tiny"),
+        ({}, {"devices": 7}, ResourcesExceeded, "trl.devices", "7 devices.*1 CPU slot"),
+        ({}, {"precision": "fp16"}, ResourcesExceeded, "trl.precision", "fp16 needs a GPU"),
+        ({"suffix": "a/b"}, {}, InvalidRequest, "suffix", "a/b"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_and_leaves_nothing(impl, file_id, changes, options, error, param, says):
+    with pytest.raises(error, match=says) as caught:
+        impl.submit(request(**({"training_file": file_id, "options": options} | changes)))
+    assert caught.value.param == param
+    assert impl.list_jobs().data == []
+
+
+def test_a_held_out_split_and_a_validation_file_contradict_each_other(impl, file_id):
+    with pytest.raises(InvalidRequest, match="one of them"):
+        impl.submit(request(file_id, validation_file=file_id, options={"evaluation": {"split": 0.5}}))
+
+
+def test_unknown_models_are_not_asked_of_the_hub_when_it_is_not_to_be_used(tmp_path):
+    with core(tmp_path, hub_models=False) as impl, pytest.raises(UnknownModel, match="TRL_HUB_MODELS"):
+        impl.submit(request(upload(impl).id, model="org/absent"))
+
+
+def test_an_unreachable_hub_is_said_to_be_unreachable(impl, file_id, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+
+    def unreachable(*args, **kwargs):
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr("huggingface_hub.model_info", unreachable)
+    with pytest.raises(UnknownModel, match="could not be reached"):
+        impl.submit(request(file_id, model="org/absent"))
+
+
+def test_a_model_that_the_hub_has_is_loaded_by_name(impl, file_id, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.model_info", lambda name, timeout: None)
+    assert impl.submit(request(file_id, model="org/absent")).spec.model_path is None
+
+
+@pytest.mark.parametrize("param", ["training_file", "validation_file"])
+def test_rows_that_cannot_be_trained_on_are_named_with_their_file(impl, file_id, param):
+    bad = upload(impl, [*PAIRS, {"prompt": "p", "chosen": "c"}]).id
+    with pytest.raises(InvalidDataset, match="rejected") as caught:
+        impl.submit(request(**({"training_file": file_id} | {param: bad})))
+    assert caught.value.param == param
+    assert caught.value.total == 1
+    assert caught.value.problems[0].row == 3
+    assert impl.list_jobs().data == []
+
+
+def test_an_empty_upload_is_refused_and_leaves_nothing(impl):
+    with pytest.raises(InvalidDataset, match="empty"):
+        impl.upload(io.BytesIO(b""), filename="nothing.jsonl")
+    assert impl.list_files().data == []
+    assert [path for path in impl.settings.files_path.rglob("*") if path.is_file()] == []
+
+
+def test_the_same_client_id_and_request_is_the_same_job_even_when_its_data_is_gone(impl, file_id):
+    wanted = request(file_id, options={"client_id": "mine"})
+    first = impl.submit(wanted)
+    impl.cancel(first.id)
+    impl.delete_file(file_id)
+    again = impl.submit(wanted)
+    assert (again.id, again.status) == (first.id, JobStatus.CANCELLED)
+    assert len(impl.list_jobs().data) == 1
+
+
+def test_the_same_client_id_with_another_request_is_a_conflict(impl, file_id):
+    first = impl.submit(request(file_id, options={"client_id": "mine"}))
+    with pytest.raises(ClientIdConflict, match=first.id):
+        impl.submit(request(file_id, n_epochs=2, options={"client_id": "mine"}))
+
+
+def test_a_file_in_use_is_kept_and_bytes_stay_as_long_as_a_file_names_them(impl, file_id):
+    same_bytes = upload(impl)
+    job = impl.submit(request(file_id))
+    with pytest.raises(Conflict, match=job.id):
+        impl.delete_file(file_id)
+    impl.cancel(job.id)
+    path = impl.file_content(file_id)
+    impl.delete_file(file_id)
+    assert path.exists()
+    assert impl.file_content(same_bytes.id) == path
+    impl.delete_file(same_bytes.id)
+    assert not path.exists()
+    with pytest.raises(NotFound):
+        impl.get_file(same_bytes.id)
+
+
+def test_cancel_pause_and_resume(impl, file_id):
+    job_id = impl.submit(request(file_id)).id
+    assert impl.pause(job_id).status is JobStatus.PAUSED
+    assert impl.resume(job_id).status is JobStatus.QUEUED
+    assert impl.cancel(job_id).status is JobStatus.CANCELLED
+    assert impl.cancel(job_id).status is JobStatus.CANCELLED
+    with pytest.raises(TransitionRefused):
+        impl.resume(job_id)
+    assert impl.count_jobs()[JobStatus.CANCELLED] == 1
+
+
+def test_a_job_is_there_after_a_restart(tmp_path):
+    with core(tmp_path) as impl:
+        job = impl.submit(request(upload(impl).id))
+    with core(tmp_path) as restarted:
+        assert restarted.status(job.id) == job
