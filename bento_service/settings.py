@@ -65,6 +65,12 @@ class Settings(BaseSettings):
     max_log_bytes: int = Field(
         default=50 * 2**20, ge=1024, description="A trainer's log is rotated at this size; one old part is kept."
     )
+    retention_days: float | None = Field(
+        default=None,
+        ge=0,
+        description="Run directories (checkpoints, logs) of jobs that ended this long ago are deleted. "
+        "Default: never. Jobs, events and metrics are kept.",
+    )
     max_attempts: int = Field(default=3, ge=1, description="Launches of one job before it is given up.")
     retry_backoff_seconds: float = Field(
         default=5, ge=0, description="Wait before the second attempt; doubles for each further one."

@@ -12,9 +12,12 @@ import time
 import structlog
 
 from bento_service.jobs import host_lock
+from bento_service.jobs.retention import expire
 from bento_service.jobs.store import Store
 from bento_service.jobs.supervisor import Supervisor
 from bento_service.settings import get_settings
+
+_RETENTION_PERIOD_SECONDS = 600.0
 
 log = structlog.get_logger("supervisor")
 
@@ -42,6 +45,7 @@ def main() -> int:
     supervisor = Supervisor(settings, store)
     log.info("supervisor started", home=str(settings.home), devices=supervisor.devices.describe())
     supervisor.reconcile()
+    retention_due = 0.0
     while True:
         if stopping and not supervisor.draining:
             log.info("draining", running=len(supervisor.runs))
@@ -53,6 +57,9 @@ def main() -> int:
         if supervisor.draining and not supervisor.runs:
             return 0
         host_lock.beat(settings)
+        if time.monotonic() >= retention_due:
+            retention_due = time.monotonic() + _RETENTION_PERIOD_SECONDS
+            expire(settings, store)
         time.sleep(settings.poll_seconds)
 
 

@@ -61,6 +61,7 @@ jobs = Table(
     Column("lease_token", Integer, nullable=False, default=0),
     Column("lease_owner", String(256)),
     Column("lease_expires_at", Float(53)),
+    Column("artifacts_expired", Boolean, nullable=False, default=False),
     Column("event_seq", Integer, nullable=False, default=0),  # seq of the newest event
     Column("event_offset", BigInteger, nullable=False, default=0),  # bytes of events.jsonl already carried over
     Index("jobs_queue", "status", "priority", "number"),

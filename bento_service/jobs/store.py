@@ -397,6 +397,19 @@ class Store:
             )
             return _job(connection, row["id"])
 
+    def expire_artifacts(self, *, ended_before: float) -> list[str]:
+        """Forget the checkpoints of jobs that ended before a time, with an event each; returns the jobs' ids."""
+        with self._write() as connection:
+            ended = sa.select(jobs).where(
+                jobs.c.status.not_in(LIVE), jobs.c.finished_at < ended_before, jobs.c.artifacts_expired.is_(False)
+            )
+            rows = list(_rows(connection, ended.with_for_update()))
+            for row in rows:
+                connection.execute(checkpoints.delete().where(checkpoints.c.job_id == row["id"]))
+                _append(connection, row, "message", "Checkpoints and log deleted: their retention time is over")
+                _update(connection, row, artifacts_expired=True)
+            return [row["id"] for row in rows]
+
     def failures(self, job_id: str) -> int:
         """Attempts of the job that ended by an infrastructure cause."""
         with self._read() as connection:

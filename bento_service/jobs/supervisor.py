@@ -11,7 +11,8 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from bento_service.jobs import trainer_log
 from bento_service.jobs.devices import Devices, visible_devices
-from bento_service.jobs.job import Attempt, Job, Lease
+from bento_service.jobs.disk import disk_need
+from bento_service.jobs.job import Attempt, Job, JobStatus, Lease
 from bento_service.jobs.launcher import AdoptedTrainer, Exit, LaunchedTrainer, Trainer, is_alive
 from bento_service.jobs.store import LeaseLost, Store
 from bento_service.jobs.verdict import StopReason, judge
@@ -211,6 +212,10 @@ class Supervisor:
         if job is None:
             return False
         lease = Lease(job_id=job.id, token=job.lease_token)
+        disk = disk_need(job.spec, self.settings.runs_path)
+        if not disk.fits:
+            self.store.finish(lease, JobStatus.PAUSED, f"Paused: the job {disk.describe()}. Free some, then resume.")
+            return True
         devices = tuple(free[: job.devices])
         directory = self._directory(job)
         try:

@@ -1,0 +1,50 @@
+"""The disk a job needs is counted from its model's own tensors."""
+
+import json
+import struct
+
+import pytest
+
+from bento_service.jobs.disk import disk_need, trained_parameters
+from tests.job_factory import make_job
+
+
+@pytest.fixture
+def model(tmp_path):
+    """Headers only: an embedding of 100 x 8, one linear layer of 8 x 16, a norm of 8."""
+    shapes = {"embed_tokens.weight": [100, 8], "layers.0.mlp.up_proj.weight": [16, 8], "norm.weight": [8]}
+    header = {name: {"dtype": "F32", "shape": shape, "data_offsets": [0, 0]} for name, shape in shapes.items()}
+    text = json.dumps({"__metadata__": {"format": "pt"}, **header}).encode()
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text)
+    return str(folder)
+
+
+def spec(model, **options):
+    job = make_job(options=options)
+    return job.spec.model_copy(update={"model_path": model})
+
+
+def test_full_fine_tuning_trains_every_parameter(model):
+    assert trained_parameters(spec(model, tuning="full")) == 800 + 128 + 8
+
+
+def test_lora_trains_two_thin_matrices_a_linear_layer(model):
+    assert trained_parameters(spec(model, lora={"rank": 4})) == 4 * (16 + 8)
+    assert trained_parameters(spec(model, lora={"rank": 4, "target_modules": ["up_proj"]})) == 4 * (16 + 8)
+    assert trained_parameters(spec(model, lora={"rank": 4, "target_modules": ["q_proj"]})) == 0
+
+
+def test_checkpoints_kept_and_optimizer_count(model, tmp_path):
+    rest = disk_need(spec(None), tmp_path).needed
+    adamw = disk_need(spec(model, tuning="full", saving={"total_limit": 2}), tmp_path).needed - rest
+    sgd = disk_need(spec(model, tuning="full", saving={"total_limit": 2}, optimizer={"name": "sgd"}), tmp_path)
+    assert adamw == 936 * 12 * 3
+    assert sgd.needed - rest == 936 * 4 * 3
+
+
+def test_free_space_is_that_of_the_runs_disk_before_it_exists(model, tmp_path):
+    need = disk_need(spec(model), tmp_path / "not" / "yet")
+    assert need.fits and need.free > 0
+    assert "GB" in need.describe()
