@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -18,7 +19,8 @@ from bento_service.jobs.launcher import is_alive, trainer_environment
 from bento_service.jobs.store import LeaseLost, Store
 from bento_service.jobs.supervisor import Supervisor
 from bento_service.settings import Settings
-from tests.job_factory import submit
+from bento_service.training.lease import EXIT_STATUS
+from tests.job_factory import make_file, make_job, submit
 
 SCRIPTED = f"{sys.executable} {Path(__file__).parents[1] / 'scripted_trainer.py'}"
 
@@ -206,6 +208,69 @@ def test_a_supervisor_that_lost_its_lease_ends_its_trainer(supervisor, settings,
     store.heartbeat(lease, lease_seconds=1)
     with pytest.raises(LeaseLost):
         store.heartbeat(Lease(job_id=job.id, token=token), lease_seconds=1)
+
+
+def test_a_job_over_its_run_time_fails_and_says_so(supervisor, settings, store):
+    job = submit(store, options={"max_run_seconds": 0.5})
+    script(settings, job, ends="hang")
+    done = drive_to_end(supervisor, job.id)
+    assert done.status is JobStatus.FAILED
+    assert done.error.code == "run_time_exceeded" and "0.5 s" in done.error.message
+
+
+def test_an_idle_trainer_is_reported_then_stopped_and_retried(settings, store):
+    changes = {"idle_warn_seconds": 0.2, "idle_stop_seconds": 0.5, "max_attempts": 2}
+    supervisor = Supervisor(settings.model_copy(update=changes), store)
+    job = submit(store)
+    script(settings, job, ends="hang")
+    done = drive_to_end(supervisor, job.id)
+    assert done.status is JobStatus.FAILED and "no progress" in done.error.message
+    assert len(store.list_attempts(job.id)) == 2
+    found = store.list_events(job.id, order="asc", limit=100).data
+    assert len([e for e in found if "No progress" in e.message and e.level == "warn"]) >= 2
+
+
+def test_a_job_that_does_not_fit_on_the_disk_is_paused_with_both_numbers(supervisor, store, tmp_path):
+    header = json.dumps({"w.weight": {"dtype": "F32", "shape": [10**9, 10**6], "data_offsets": [0, 0]}}).encode()
+    (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    job = make_job(options={"tuning": "full"})
+    file = store.add_file(make_file())
+    request = replace(job.request, training_file=file.id)
+    spec = job.spec.model_copy(update={"model_path": str(tmp_path)})
+    job, _ = store.create_job(replace(job, request=request, spec=spec))
+    drive(supervisor, lambda: store.get_job(job.id).status is JobStatus.PAUSED)
+    last = store.list_events(job.id).data[0]
+    assert "48000000000.06 GB" in last.message and "are free" in last.message
+    assert not (supervisor.settings.runs_path / job.id).exists()
+
+
+def test_a_trainer_whose_supervisor_is_gone_ends_before_its_lease_does(settings, store):
+    supervisor = Supervisor(settings.model_copy(update={"lease_seconds": 2}), store)
+    job = submit(store)
+    script(settings, job, ends="hang", ignore_sigterm=True)
+    trainer = drive_to_step(supervisor, job.id)
+    wait_for(lambda: trainer.poll() is not None)
+    assert trainer.poll().code == EXIT_STATUS
+
+
+def test_a_trainer_whose_supervisor_is_gone_saves_first(settings, store):
+    supervisor = Supervisor(settings.model_copy(update={"lease_seconds": 3}), store)
+    job = submit(store)
+    script(settings, job, ends="hang")
+    trainer = drive_to_step(supervisor, job.id)
+    wait_for(lambda: trainer.poll() is not None)
+    assert supervisor.runs[job.id].directory.read_outcome(1).status == "stopped"
+
+
+def test_a_stale_job_of_a_lost_host_is_taken_over(settings, store):
+    job = submit(store)
+    store.claim("other", host="lost-host", free_devices=1, lease_seconds=0.01)
+    supervisor = Supervisor(settings, store)
+    supervisor.reconcile()
+    assert supervisor.runs == {}
+    assert drive_to_end(supervisor, job.id).status is JobStatus.SUCCEEDED
+    assert [a.host for a in store.list_attempts(job.id)] == ["lost-host", supervisor.host]
+    assert steps(store, job.id) == [1, 2, 3]
 
 
 def test_a_trainer_without_go_ends(settings, tmp_path):
