@@ -3,9 +3,10 @@
 import json
 import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from bento_service.training.events import EventWriter, read_events
 from bento_service.training.run_directory import COMPLETE_MARKER, RunDirectory, mark_complete
 
 # A pickle of TRL's arguments, which nothing here reads; model folders are handed to others without pickled objects.
@@ -19,6 +20,7 @@ class Manifest:
     step: int
     epoch: float
     tokens: int  # trained by then, padding not counted
+    final: bool  # of the last step
     files: dict[str, int]  # name inside the checkpoint -> bytes
 
     @property
@@ -26,12 +28,39 @@ class Manifest:
         return sum(self.files.values())
 
 
-def complete(checkpoint: Path, *, step: int, epoch: float, tokens: int) -> Manifest:
+def complete(checkpoint: Path, *, step: int, epoch: float, tokens: int, final: bool) -> Manifest:
     """Mark a checkpoint whose files are all written as complete: the marker is written last, after a flush."""
     (checkpoint / UNWANTED).unlink(missing_ok=True)
-    manifest = Manifest(step=step, epoch=epoch, tokens=tokens, files=_sizes(checkpoint))
-    mark_complete(checkpoint, {"step": step, "epoch": epoch, "tokens": tokens, "files": manifest.files})
+    manifest = Manifest(step=step, epoch=epoch, tokens=tokens, final=final, files=_sizes(checkpoint))
+    mark_complete(checkpoint, asdict(manifest))
     return manifest
+
+
+def report(events: EventWriter, checkpoint: Path, manifest: Manifest) -> None:
+    events.write(
+        "checkpoint",
+        f"{checkpoint.name} saved",
+        step=manifest.step,
+        epoch=manifest.epoch,
+        path=str(checkpoint),
+        bytes=manifest.bytes,
+        final=manifest.final,
+    )
+
+
+def report_missed(events: EventWriter, run: RunDirectory) -> None:
+    """Report the complete checkpoints that an attempt killed right after saving did not report."""
+    reported: set[str] = set()
+    offset = 0
+    while True:
+        batch, end = read_events(run.events_file, offset)
+        if end == offset:
+            break
+        offset = end
+        reported.update(event.data["path"] for event in batch if event.type == "checkpoint")
+    for checkpoint in run.complete_checkpoints():
+        if str(checkpoint) not in reported:
+            report(events, checkpoint, read_manifest(checkpoint))
 
 
 def read_manifest(checkpoint: Path) -> Manifest:

@@ -110,17 +110,15 @@ def require_valid(path: Path, param: str = "training_file", *, cap: int = 100) -
 
 
 def load_rows(path: Path) -> Iterator[Row]:
-    """The rows of a checked file in TRL's form, with the format's columns only and messages of role and content.
+    """The rows of a checked file in TRL's form: the format's columns only, messages of role and content only.
 
-    Raises InvalidDataset at the first row that is not a JSON object with replies: the file changed since its check.
+    Raises InvalidDataset for a line that is no JSON object, KeyError or TypeError for another defect that
+    ``check_file`` would report.
     """
-    for number, row in _parsed(path):
+    for _, row in _parsed(path):
         if isinstance(row, RowProblem):
             raise InvalidDataset(_sentence(row), problems=[row])
         shape = format_of(row)
-        for defect in shape.defects(row):
-            problem = _problem(number, *defect)
-            raise InvalidDataset(_sentence(problem), problems=[problem])
         if shape.conversational:
             yield {
                 column: [{"role": message["role"], "content": message["content"]} for message in row[column]]

@@ -6,6 +6,7 @@
       lease              touched by the supervisor (see ``lease``)
       trainer.log        stdout and stderr of all attempts
       checkpoints/checkpoint-<step>/   complete only when it holds ``COMPLETE_MARKER``
+      cache/             tokenized data of the attempt under way; not there afterwards
       outcome.json       how the last attempt ended, written by the trainer as its last act
 """
 
@@ -64,6 +65,10 @@ class RunDirectory:
     @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
+
+    @property
+    def cache(self) -> Path:
+        return self.path / "cache"
 
     def write_spec(self, spec: TrainingSpec) -> None:
         self.path.mkdir(parents=True, exist_ok=True)

@@ -11,9 +11,9 @@ class StopRequested(BaseException):
 class StopSwitch:
     """Turned on by SIGTERM or SIGINT, once for all.
 
-    While nothing is at stake (importing, loading, tokenizing) the signal leaves the work at once by raising
-    StopRequested. Between ``defer()`` and the end of training it only sets ``requested``, and the training callbacks
-    stop where the state is consistent.
+    Until ``defer()`` nothing is at stake (importing, loading, tokenizing) and the signal leaves the work at once by
+    raising StopRequested. From then on it only sets ``requested``, and the training callbacks stop where the state
+    is consistent.
     """
 
     def __init__(self) -> None:
@@ -26,10 +26,8 @@ class StopSwitch:
             signal.signal(number, self._on_signal)
 
     def defer(self) -> None:
-        """From now on a signal waits for the callbacks. Raises StopRequested if one has already come."""
+        """From now on a signal only sets ``requested``."""
         self._deferred = True
-        if self.requested:
-            raise StopRequested
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         first = not self.requested

@@ -1,0 +1,110 @@
+"""The trainer process: ``python -m bento_service.training RUN_DIRECTORY --attempt N``.
+
+Reads the run's specification, trains it with the recipe of its method, and says how that went in ``outcome.json``,
+its last act. Exit status 0: succeeded, or stopped by SIGTERM; 1: failed. Nothing heavy is imported before the first
+event is written.
+"""
+
+import argparse
+import errno
+import importlib
+import os
+import shutil
+import sys
+import traceback
+from pathlib import Path
+
+from bento_service.errors import TrlRemoteError
+from bento_service.training import checkpoints
+from bento_service.training.events import EventWriter
+from bento_service.training.run_directory import Outcome, RunDirectory
+from bento_service.training.stop import StopRequested, StopSwitch
+
+# Method of a specification -> module with the recipe, a function run(spec, run, events, stop).
+RECIPES = {"dpo": "bento_service.training.dpo"}
+
+# What PyTorch's CPU allocator says when malloc fails; on GPUs there is an exception class for it.
+CPU_OUT_OF_MEMORY = "DefaultCPUAllocator: can't allocate memory"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Carry out one attempt; return the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m bento_service.training")
+    parser.add_argument("run_directory", type=Path)
+    parser.add_argument("--attempt", type=int, required=True, help="which launch of the job this is, from 1")
+    parsed = parser.parse_args(arguments)
+    # TRL reports its use to the Hugging Face hub unless told not to; the operator may choose otherwise.
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
+    stop = StopSwitch()
+    run = RunDirectory(parsed.run_directory.absolute())
+    events = EventWriter(run.events_file)
+    stop.install()
+    try:
+        outcome = _train(run, events, stop, parsed.attempt)
+    except StopRequested:
+        outcome = Outcome(attempt=parsed.attempt, status="stopped")
+    except Exception as error:
+        stop.defer()
+        traceback.print_exc()
+        outcome = failure(error, parsed.attempt)
+        _report_failure(events, outcome)
+    stop.defer()
+    shutil.rmtree(run.cache, ignore_errors=True)
+    run.write_outcome(outcome)
+    return 1 if outcome.status == "failed" else 0
+
+
+def _train(run: RunDirectory, events: EventWriter, stop: StopSwitch, attempt: int) -> Outcome:
+    events.write("message", "starting", attempt=attempt)
+    spec = run.read_spec()
+    for torn in checkpoints.remove_torn(run):
+        events.write("message", f"{torn.name} was not saved to the end: deleted", level="warn", removed=str(torn))
+    checkpoints.report_missed(events, run)
+    recipe = importlib.import_module(RECIPES[spec.method])
+    return Outcome(attempt=attempt, status=recipe.run(spec, run, events, stop))
+
+
+def failure(error: Exception, attempt: int) -> Outcome:
+    """The outcome of an attempt that ended with this exception.
+
+    Retryable are causes in the machine (a full disk, a lost GPU); a cause in the request or its data is not.
+    """
+    # By name, because a failure before torch is imported, or of that import, must be told too.
+    torch_kinds = {kind.__name__ for kind in type(error).__mro__ if kind.__module__.startswith("torch")}
+    code, param, retryable = "internal_error", None, False
+    if isinstance(error, TrlRemoteError):
+        code, message, param = error.code, error.message, error.param
+    elif "OutOfMemoryError" in torch_kinds or isinstance(error, MemoryError) or CPU_OUT_OF_MEMORY in str(error):
+        code = "out_of_memory"
+        message = (
+            f"out of memory ({_first_line(error)}): use a smaller batch_size with more gradient_accumulation_steps, "
+            "a smaller max_length, gradient_checkpointing, or LoRA instead of full fine-tuning"
+        )
+    elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        code, retryable = "disk_full", True
+        message = f"the disk is full ({error}): free space under TRL_HOME, or keep fewer checkpoints"
+    elif isinstance(error, OSError):
+        code, retryable = "storage_error", True
+        message = f"reading or writing failed: {error}"
+    elif "AcceleratorError" in torch_kinds:
+        code, retryable = "device_error", True
+        message = f"the device failed: {_first_line(error)}"
+    else:
+        message = f"{type(error).__name__}: {_first_line(error)}"
+    return Outcome(attempt=attempt, status="failed", code=code, message=message, param=param, retryable=retryable)
+
+
+def _report_failure(events: EventWriter, outcome: Outcome) -> None:
+    try:
+        events.write("message", outcome.message or "failed", level="error", code=outcome.code)
+    except OSError:  # a full disk takes no event either; the traceback is the last that can be said
+        traceback.print_exc()
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,195 @@
+"""What hangs on transformers' Trainer: the schedule, the stop, and the events."""
+
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from bento_service.errors import TrainingFailed
+from bento_service.training import checkpoints
+from bento_service.training.events import EventWriter
+from bento_service.training.run_directory import RunDirectory
+from bento_service.training.schedule import Schedule
+from bento_service.training.stop import StopRequested, StopSwitch
+
+# Keys of a training log that the events give under other names, or that transformers counts per attempt.
+NOT_METRICS = {"epoch", "num_tokens", "num_input_tokens_seen", "train_runtime", "train_tokens_per_second"}
+
+
+class AlreadyTrained(Exception):
+    """A resumed run whose last step is done: only an evaluation was missing, or nothing."""
+
+
+class ScheduleCallback(TrainerCallback):
+    """Asks the Trainer to evaluate, save and stop; the Trainer's own strategies are off.
+
+    On a stop the checkpoint is of the step that has just ended. An evaluation under way is left by StopRequested:
+    it can take long, and is made up for when the run is resumed.
+    """
+
+    def __init__(self, schedule: Schedule, stop: StopSwitch) -> None:
+        self._schedule = schedule
+        self._stop = stop
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        # The Trainer would make one more step when it resumes after the last one in mid-epoch.
+        if state.global_step >= self._schedule.total_steps:
+            raise AlreadyTrained
+        # After an evaluation before the first step, or a signal that came while the Trainer was getting ready.
+        if self._stop.requested:
+            raise StopRequested
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        step = state.global_step
+        control.should_evaluate = self._schedule.evaluates_after(step)
+        control.should_save = self._schedule.saves_after(step)
+        if step == self._schedule.total_steps:
+            control.should_log = True
+        if self._stop.requested:
+            control.should_log = True
+            self._save_and_stop(control)
+
+    def on_prediction_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._stop.requested:
+            raise StopRequested
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._stop.requested:
+            self._save_and_stop(control)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self._stop.requested:
+            control.should_training_stop = True
+
+    def _save_and_stop(self, control: TrainerControl) -> None:
+        control.should_save = True
+        control.should_training_stop = True
+
+
+class EventsCallback(TrainerCallback):
+    """Writes the run's events, and completes its checkpoints before it reports them.
+
+    Raises TrainingFailed when the loss stops being a number.
+    """
+
+    def __init__(self, events: EventWriter, run: RunDirectory, schedule: Schedule) -> None:
+        self._events = events
+        self._run = run
+        self._schedule = schedule
+        self._started = False
+        self._step_began = 0.0
+        self._step_seconds = 0.0  # spent in steps since the last log
+        self._tokens_logged = 0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._tokens_logged = state.num_input_tokens_seen
+        self._report_progress(state)
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        # Once more when an evaluation came first: the remaining time is reckoned from the newest progress event.
+        if not self._started and args.eval_on_start:
+            self._report_progress(state)
+        self._started = True
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._step_began = time.monotonic()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._step_seconds += time.monotonic() - self._step_began
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if not logs or "loss" not in logs:  # an evaluation, or the summary at the end
+            return
+        tokens = state.num_input_tokens_seen
+        metrics: dict[str, Any] = {key: value for key, value in logs.items() if key not in NOT_METRICS}
+        if self._step_seconds > 0:
+            metrics["tokens_per_second"] = (tokens - self._tokens_logged) / self._step_seconds
+        self._tokens_logged = tokens
+        self._step_seconds = 0.0
+        self._events.write(
+            "metrics",
+            f"step {state.global_step}/{self._schedule.total_steps}: loss {logs['loss']:.4f}",
+            **self._position(state),
+            tokens=tokens,
+            **metrics,
+        )
+        if not math.isfinite(logs["loss"]):
+            raise TrainingFailed(
+                f"the loss became {logs['loss']} at step {state.global_step}: "
+                "lower the learning rate, or train in fp32 or bf16 instead of fp16",
+            )
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        values: dict[str, Any] = {key: value for key, value in (metrics or {}).items() if key.startswith("eval_")}
+        values.pop("eval_num_tokens", None)  # TRL's count of trained tokens, not of evaluated ones
+        self._events.write(
+            "evaluation",
+            f"evaluation after step {state.global_step}: reward margin {values['eval_rewards/margins']:.4f}, "
+            f"accuracy {values['eval_rewards/accuracies']:.3f}",
+            **self._position(state),
+            **values,
+        )
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        manifest = checkpoints.complete(
+            checkpoint,
+            step=state.global_step,
+            epoch=state.epoch or 0.0,
+            tokens=state.num_input_tokens_seen,
+            final=state.global_step == self._schedule.total_steps,
+        )
+        checkpoints.report(self._events, checkpoint, manifest)
+        for removed in checkpoints.remove_oldest(self._run, keep=self._schedule.saving.total_limit):
+            self._events.write(
+                "message",
+                f"{removed.name} deleted: the newest {self._schedule.saving.total_limit} are kept",
+                removed=str(removed),
+            )
+
+    def _report_progress(self, state: TrainerState) -> None:
+        self._events.write(
+            "progress",
+            f"step {state.global_step} of {self._schedule.total_steps}",
+            **self._position(state),
+            tokens=state.num_input_tokens_seen,
+        )
+
+    def _position(self, state: TrainerState) -> dict[str, Any]:
+        return {
+            "step": state.global_step,
+            "total_steps": self._schedule.total_steps,
+            "epoch": state.epoch or 0.0,
+        }
