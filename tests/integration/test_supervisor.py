@@ -240,7 +240,7 @@ def test_a_job_that_does_not_fit_on_the_disk_is_paused_with_both_numbers(supervi
     job, _ = store.create_job(replace(job, request=request, spec=spec))
     drive(supervisor, lambda: store.get_job(job.id).status is JobStatus.PAUSED)
     last = store.list_events(job.id).data[0]
-    assert "48000000000.06 GB" in last.message and "are free" in last.message
+    assert "48000000.07 GB" in last.message and "are free" in last.message
     assert not (supervisor.settings.runs_path / job.id).exists()
 
 
