@@ -36,6 +36,7 @@ from bento_service.api.errors import status_of
 from bento_service.api.wire import CreateJob, DpoHyperparameters, DpoMethod, JobObject, Method
 from bento_service.errors import TrlRemoteError
 from bento_service.files import FileStorage
+from bento_service.jobs.job import Job
 from bento_service.jobs.keeper import SupervisorKeeper
 from bento_service.jobs.store import Store
 from bento_service.logs import configure_logs
@@ -126,7 +127,7 @@ class TrlTrainingService:
         seed: int | None = None,
         metadata: dict[str, str] | None = None,
         trl: TrlOptions | None = None,
-    ) -> JobObject:
+    ) -> dict[str, Any]:
         """Submit a DPO job: `POST /v1/fine_tuning/jobs`."""
         body = CreateJob(
             model=model,
@@ -139,25 +140,30 @@ class TrlTrainingService:
             trl=trl or TrlOptions(),
         )
         try:
-            return JobObject.of(self._impl.submit(body.to_request()))
+            return _as_dict(self._impl.submit(body.to_request()))
         except TrlRemoteError as error:
             raise _for_bentoml(error) from error
 
     @bentoml.api
-    def job_status(self, job_id: str) -> JobObject:
+    def job_status(self, job_id: str) -> dict[str, Any]:
         """Describe a job: `GET /v1/fine_tuning/jobs/{id}`."""
         try:
-            return JobObject.of(self._impl.status(job_id))
+            return _as_dict(self._impl.status(job_id))
         except TrlRemoteError as error:
             raise _for_bentoml(error) from error
 
     @bentoml.api
-    def cancel_job(self, job_id: str) -> JobObject:
+    def cancel_job(self, job_id: str) -> dict[str, Any]:
         """Cancel a job: `POST /v1/fine_tuning/jobs/{id}/cancel`."""
         try:
-            return JobObject.of(self._impl.cancel(job_id))
+            return _as_dict(self._impl.cancel(job_id))
         except TrlRemoteError as error:
             raise _for_bentoml(error) from error
+
+
+def _as_dict(job: Job) -> dict[str, Any]:
+    """The body of the HTTP API. Typed as a dict, since BentoML's client cannot read a null where a list may be."""
+    return JobObject.of(job).model_dump(mode="json")
 
 
 def _for_bentoml(error: TrlRemoteError) -> BentoMLException:

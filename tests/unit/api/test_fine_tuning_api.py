@@ -7,7 +7,7 @@ from bento_service.api.app import create_app, in_front_of
 from bento_service.jobs.job import JobStatus
 from bento_service.jobs.store import Store
 from bento_service.training.events import TrainerEvent
-from tests.core_factory import MODEL, PAIRS, request, upload
+from tests.core_factory import MODEL, PAIRS, json_lines, request, upload
 
 JOBS = "/v1/fine_tuning/jobs"
 
@@ -241,7 +241,7 @@ def test_a_trained_job_has_its_events_and_checkpoints(client, trained):
 
 def test_openais_client_reads_every_answer(impl, trained):
     official = openai.OpenAI(base_url="http://localhost:8080/v1", api_key="unused", http_client=_transport(impl))
-    file = official.files.create(file=("pairs.jsonl", b'{"prompt":"p","chosen":"c","rejected":"r"}\n'), purpose="fine-tune")
+    file = official.files.create(file=("pairs.jsonl", json_lines(PAIRS)), purpose="fine-tune")
     job = official.fine_tuning.jobs.create(
         model=MODEL,
         training_file=file.id,
@@ -266,8 +266,8 @@ def test_openais_client_reads_every_answer(impl, trained):
     (checkpoint,) = official.fine_tuning.jobs.checkpoints.list(trained)
     assert (checkpoint.step_number, checkpoint.metrics.train_loss) == (2, 0.5)
 
-    assert official.files.content(file.id).content.startswith(b'{"prompt"')
-    assert [found.id for found in official.files.list()][0] == file.id
+    assert official.files.content(file.id).content == json_lines(PAIRS)
+    assert next(iter(official.files.list())).id == file.id
     assert official.files.delete(file.id).deleted is True
     for answer in (official.fine_tuning.jobs.retrieve(trained), *events, checkpoint):
         _require_typed(answer)
