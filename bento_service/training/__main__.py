@@ -17,6 +17,7 @@ from pathlib import Path
 from bento_service.errors import TrlRemoteError
 from bento_service.training import checkpoints
 from bento_service.training.events import EventWriter
+from bento_service.training.lease import LeaseWatch
 from bento_service.training.run_directory import Outcome, RunDirectory
 from bento_service.training.stop import StopRequested, StopSwitch
 
@@ -32,7 +33,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bento_service.training")
     parser.add_argument("run_directory", type=Path)
     parser.add_argument("--attempt", type=int, required=True, help="which launch of the job this is, from 1")
+    parser.add_argument(
+        "--await-go",
+        action="store_true",
+        help="do nothing until a line 'go' comes on standard input; end if that is closed without one",
+    )
     parsed = parser.parse_args(arguments)
+    # Nothing is written before the supervisor has recorded this process, so that it can always be found again.
+    if parsed.await_go and sys.stdin.readline() != "go\n":
+        return 0
     # TRL reports its use to the Hugging Face hub unless told not to; the operator may choose otherwise.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
@@ -40,6 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
     run = RunDirectory(parsed.run_directory.absolute())
     events = EventWriter(run.events_file)
     stop.install()
+    LeaseWatch(run.lease_file).start()
     try:
         outcome = _train(run, events, stop, parsed.attempt)
     except StopRequested:
