@@ -14,6 +14,7 @@ import structlog
 from starlette.datastructures import Headers
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.websockets import WebSocketClose
 
 from bento_service.api.errors import error_response
 from bento_service.settings import Settings
@@ -39,7 +40,8 @@ class AccessGuard:
                 await refusal(scope, receive, send)
                 return
         elif scope["type"] != "lifespan":
-            raise RuntimeError(f"no {scope['type']} connections are served here")
+            await WebSocketClose()(scope, receive, send)  # none are served here
+            return
         await self._app(scope, receive, send)
 
     def _refusal(self, scope: Scope) -> Response | None:

@@ -182,6 +182,8 @@ class ProgressBody(BaseModel):
     epoch: float
     tokens: int = Field(description="Tokens trained so far, padding not counted.")
     metrics: dict[str, float | None] = Field(description="The newest values, under TRL's names.")
+    baseline: dict[str, float | None] = Field(description="The evaluation before the first step, if there was one.")
+    evaluation: dict[str, float | None] = Field(description="The newest evaluation.")
 
 
 class Resolved(BaseModel):
@@ -283,6 +285,8 @@ class JobObject(BaseModel):
                     epoch=job.progress.epoch,
                     tokens=job.progress.tokens,
                     metrics=job.progress.metrics,
+            baseline=job.progress.baseline,
+            evaluation=job.progress.evaluation,
                 ),
                 options=job.request.options,
                 resolved=Resolved(

@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 
 import bentoml
 import httpx
@@ -137,16 +138,32 @@ def test_the_guard_stands_before_bentos_own_routes_too(client):
         assert client.get(path, headers={"host": "rebound.example"}).status_code == 403, path
 
 
-def test_as_a_script_with_api_keys(tmp_path, models):
-    keys = {"TRL_API_KEYS": "kept-secret"}
-    with bento_server(tmp_path, models=models, environment=keys, as_script=True) as server:
-        with httpx.Client(base_url=server.url, trust_env=False) as client:
+def in_pieces(*pieces):
+    """A body that takes longer to arrive than the timeout of the next test's server."""
+    for piece in pieces:
+        yield piece
+        time.sleep(1.5)
+
+
+def test_as_a_script_with_api_keys_and_a_short_timeout(tmp_path, models):
+    settings = {
+        "TRL_API_KEYS": "kept-secret",
+        "BENTOML_CONFIG_OPTIONS": "services.trl_training_service.traffic.timeout=3",
+    }
+    with bento_server(tmp_path, models=models, environment=settings, as_script=True) as server:
+        with httpx.Client(base_url=server.url, trust_env=False, timeout=30) as client:
             assert client.get("/health").json()["status"] == "healthy"
             for path in ("/v1/files", "/schema.json"):
                 assert client.get(path).status_code == 401
                 assert client.get(path, headers={"authorization": "Bearer wrong"}).status_code == 401
                 assert client.get(path, headers={"authorization": "Bearer kept-secret"}).status_code == 200
                 assert client.get(path, headers={"x-api-key": "kept-secret"}).status_code == 200
+            client.headers = {"x-api-key": "kept-secret"}
+            assert client.post("/job_status", content=in_pieces(b"{", b" ", b" ", b"}")).status_code == 504
+            start = b'--x\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\n'
+            form = {"content-type": "multipart/form-data; boundary=x"}
+            slow = client.post("/v1/files", content=in_pieces(start, b"{}\n", b"{}\n", b"\r\n--x--\r\n"), headers=form)
+            assert (slow.status_code, slow.json()["bytes"]) == (200, 6)
         children = psutil.Process(server.process.pid).children(recursive=True)
         assert children
         server.process.terminate()

@@ -5,6 +5,7 @@ from starlette.applications import Starlette
 from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 from starlette.testclient import TestClient
+from starlette.websockets import WebSocketDisconnect
 
 from bento_service.api.access import OPEN_PATHS
 from bento_service.api.app import in_front_of
@@ -105,6 +106,15 @@ def test_nothing_else_is_open(path):
 def test_pickles_are_refused_even_with_a_key(kind):
     refused = answer(headers={"content-type": kind, "x-api-key": "first"}, api_keys="first")
     assert refused.status_code == 415
+
+
+def test_web_sockets_are_closed_at_once():
+    app = in_front_of(Starlette(), Settings())
+    with (
+        pytest.raises(WebSocketDisconnect),
+        TestClient(app, base_url="http://localhost", client=LOCAL).websocket_connect("/v1/files"),
+    ):
+        pass
 
 
 def test_every_answer_has_a_request_id():
