@@ -285,8 +285,8 @@ class JobObject(BaseModel):
                     epoch=job.progress.epoch,
                     tokens=job.progress.tokens,
                     metrics=job.progress.metrics,
-            baseline=job.progress.baseline,
-            evaluation=job.progress.evaluation,
+                    baseline=job.progress.baseline,
+                    evaluation=job.progress.evaluation,
                 ),
                 options=job.request.options,
                 resolved=Resolved(
