@@ -39,6 +39,7 @@ def main() -> None:
     parser.add_argument("--tuning", choices=["lora", "full"], default="lora")
     parser.add_argument("--lora-rank", type=int, default=16)
     parser.add_argument("--lora-alpha", type=float, default=32)
+    parser.add_argument("--lora-dropout", type=float, default=0.0)
     parser.add_argument("--learning-rate", type=float, default=1e-5)
     parser.add_argument("--beta", type=float, default=0.1)
     parser.add_argument("--loss-type", nargs="+", default=["sigmoid"])
@@ -62,6 +63,8 @@ def main() -> None:
                 bf16=False,
                 beta=options.beta,
                 loss_type=options.loss_type,
+                # TRL's default, True, would turn the adapter's dropout off too.
+                disable_dropout=options.lora_dropout == 0,
                 max_length=2048,
                 per_device_train_batch_size=options.batch_size,
                 per_device_eval_batch_size=options.batch_size,
@@ -86,6 +89,7 @@ def main() -> None:
                 task_type="CAUSAL_LM",
                 r=options.lora_rank,
                 lora_alpha=options.lora_alpha,
+                lora_dropout=options.lora_dropout,
                 target_modules="all-linear",
             )
             if options.tuning == "lora"

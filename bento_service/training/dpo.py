@@ -82,7 +82,7 @@ def run(
             discopop_tau=options.dpo.discopop_tau,
             use_weighting=options.dpo.use_weighting,
             precompute_ref_log_probs=options.dpo.precompute_ref_log_probs,
-            # TRL's disable_dropout also turns the adapter's dropout off, so it is kept off only while none is asked.
+            # TRL's disable_dropout also turns the adapter's dropout off, so it is left out when that is wanted.
             disable_dropout=options.tuning == "full" or options.lora.dropout == 0,
             # The data
             max_length=options.max_length,

@@ -1,0 +1,50 @@
+"""How the end of an attempt is told."""
+
+import errno
+
+import pytest
+
+from bento_service.errors import InvalidDataset, TrainingFailed, UnknownModel
+from bento_service.training.__main__ import failure
+
+
+def test_a_cause_the_user_can_mend_keeps_its_code_and_is_not_retried() -> None:
+    outcome = failure(UnknownModel("no such model", param="model"), attempt=2)
+    assert outcome.attempt == 2
+    assert (outcome.status, outcome.code, outcome.message, outcome.param, outcome.retryable) == (
+        "failed",
+        "model_not_found",
+        "no such model",
+        "model",
+        False,
+    )
+    assert failure(InvalidDataset("bad rows"), 1).code == "invalid_dataset"
+    assert failure(TrainingFailed("loss is nan"), 1).code == "training_failed"
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "retryable", "says"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "disk_full", True, "free space"),
+        (OSError(errno.EIO, "Input/output error"), "storage_error", True, "Input/output error"),
+        (MemoryError(), "out_of_memory", False, "batch_size"),
+        (
+            RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+            "out_of_memory",
+            False,
+            "batch_size",
+        ),
+        (ValueError("odd\nsecond line"), "internal_error", False, "ValueError: odd"),
+        (KeyError(), "internal_error", False, "KeyError"),
+    ],
+)
+def test_other_causes_have_a_code_and_say_what_to_do(error: Exception, code: str, retryable: bool, says: str) -> None:
+    outcome = failure(error, attempt=1)
+    assert (outcome.code, outcome.retryable) == (code, retryable)
+    assert says in (outcome.message or "")
+    assert "second line" not in (outcome.message or "")
+
+
+def test_a_gpu_out_of_memory_is_known_by_its_kind() -> None:
+    torch = pytest.importorskip("torch")
+    assert failure(torch.OutOfMemoryError("CUDA out of memory"), 1).code == "out_of_memory"

@@ -1,0 +1,170 @@
+"""What the check of a data file reports, and what a recipe gets from it."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bento_service.errors import InvalidDataset
+from bento_service.training import preferences
+from bento_service.training.preferences import check_file, load_rows, require_valid
+
+TEXT = {"prompt": "Hello", "chosen": "Hi there.", "rejected": "Go away."}
+MESSAGES = {
+    "prompt": [{"role": "user", "content": "Hello"}],
+    "chosen": [{"role": "assistant", "content": "Hi there."}],
+    "rejected": [{"role": "assistant", "content": "Go away."}],
+}
+IMPLICIT_TEXT = {"chosen": "User: hello. Bot: hi", "rejected": "User: hello. Bot: no"}
+IMPLICIT_MESSAGES = {
+    "chosen": MESSAGES["prompt"] + MESSAGES["chosen"],
+    "rejected": MESSAGES["prompt"] + MESSAGES["rejected"],
+}
+GOOD = {"text": TEXT, "messages": MESSAGES, "text-implicit": IMPLICIT_TEXT, "messages-implicit": IMPLICIT_MESSAGES}
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Callable[..., Path]:
+    def write_lines(*lines: dict[str, Any] | list[Any] | str | bytes) -> Path:
+        path = tmp_path / "rows.jsonl"
+        encoded = [
+            line if isinstance(line, bytes) else (line if isinstance(line, str) else json.dumps(line)).encode()
+            for line in lines
+        ]
+        path.write_bytes(b"\n".join(encoded))
+        return path
+
+    return write_lines
+
+
+def said(role: str, content: object) -> list[dict[str, object]]:
+    return [{"role": role, "content": content}]
+
+
+@pytest.mark.parametrize("name", GOOD)
+def test_good_rows_of_each_format_are_accepted_and_loaded(write: Callable[..., Path], name: str) -> None:
+    path = write(GOOD[name], GOOD[name])
+    report = require_valid(path)
+    assert (report.format, report.rows, report.problems, report.total_problems) == (name, 2, (), 0)
+    assert list(load_rows(path)) == [GOOD[name], GOOD[name]]
+
+
+def test_loading_keeps_only_what_the_format_knows(write: Callable[..., Path]) -> None:
+    row = {**MESSAGES, "prompt": [{"role": "user", "content": "Hello", "name": "Ann"}], "score": 3}
+    assert list(load_rows(write(row))) == [MESSAGES]
+
+
+def test_blank_lines_a_byte_order_mark_and_windows_line_ends_are_no_problem(write: Callable[..., Path]) -> None:
+    line = json.dumps(TEXT).encode()
+    report = check_file(write(b"\xef\xbb\xbf" + line + b"\r", b"", b"  ", line, b""))
+    assert (report.rows, report.total_problems) == (2, 0)
+
+
+@pytest.mark.parametrize(
+    ("line", "field", "reason"),
+    [
+        ("{not json", None, "is not JSON"),
+        ("[1, 2]", None, "must be a JSON object, not a list"),
+        ("null", None, "must be a JSON object, not null"),
+        ('{"prompt": "a", "chosen": "b", "rejected": NaN}', None, "NaN is not a JSON value"),
+        ('{"prompt": "a", "chosen": "b", "rejected": ' + "9" * 5000 + "}", None, "is not JSON"),
+        ("[" * 100_000, None, "is not JSON"),
+        (b'{"prompt": "\xff"}', None, "is not UTF-8 at byte 12"),
+        ({"chosen": "a", "prompt": "p"}, "rejected", "is missing"),
+        ({"prompt": "p"}, "chosen", "is missing"),
+        ({}, "prompt", "is missing"),
+        ({**TEXT, "chosen": ""}, "chosen", "is empty"),
+        ({**TEXT, "prompt": " \n"}, "prompt", "is only white space"),
+        ({**TEXT, "chosen": None}, "chosen", "not null"),
+        ({**TEXT, "chosen": 1.5}, "chosen", "not a number"),
+        ({**TEXT, "chosen": True}, "chosen", "not a boolean"),
+        ({**TEXT, "rejected": TEXT["chosen"]}, "rejected", "is the same as chosen"),
+        ('{"prompt": "p", "chosen": "\\ud800", "rejected": "r"}', "chosen", "half of a surrogate pair"),
+        ({**MESSAGES, "prompt": "text"}, "prompt", "must be a list of messages"),
+        ({**MESSAGES, "chosen": "text"}, "chosen", "must be a list of messages"),
+        ({**MESSAGES, "chosen": []}, "chosen", "has no messages"),
+        ({**MESSAGES, "chosen": ["text"]}, "chosen.0", "not text"),
+        ({**MESSAGES, "chosen": said("robot", "Hi")}, "chosen.0.role", "must be one of"),
+        ({**MESSAGES, "chosen": said("user", "Hi")}, "chosen.0.role", "begins and ends with the assistant"),
+        ({**MESSAGES, "prompt": said("assistant", "Hi")}, "prompt", "ends with the assistant"),
+        ({**MESSAGES, "chosen": [{"role": "assistant"}]}, "chosen.0.content", "is missing"),
+        ({**MESSAGES, "chosen": [{"content": "Hi"}]}, "chosen.0.role", "is missing"),
+        ({**MESSAGES, "chosen": said("assistant", [{"type": "text"}])}, "chosen.0.content", "must be text"),
+        ({**MESSAGES, "chosen": said("assistant", " ")}, "chosen.0.content", "is only white space"),
+        ({**MESSAGES, "rejected": MESSAGES["chosen"]}, "rejected", "is the same as chosen"),
+        ({"chosen": "a", "rejected": "b"}, None, "begin differently"),
+        ({"chosen": "same start", "rejected": "same"}, "rejected", "holds no reply"),
+        ({"chosen": MESSAGES["chosen"], "rejected": MESSAGES["rejected"]}, None, "begin differently"),
+        (
+            {"chosen": IMPLICIT_MESSAGES["chosen"], "rejected": MESSAGES["prompt"]},
+            "rejected",
+            "holds no reply after the messages",
+        ),
+    ],
+)
+def test_a_bad_row_is_reported_with_its_place(
+    write: Callable[..., Path], line: dict[str, Any] | str | bytes, field: str | None, reason: str
+) -> None:
+    report = check_file(write(line))
+    assert report.rows == 1
+    assert report.total_problems == len(report.problems) >= 1
+    problem = report.problems[0]
+    assert problem.row == 1
+    assert problem.field == field
+    assert reason in problem.reason
+    assert problem.value is None or len(problem.value) <= preferences.SHOWN_VALUE
+    json.dumps(problem.value).encode()
+
+
+def test_a_row_of_another_format_is_reported_with_both_names(write: Callable[..., Path]) -> None:
+    report = check_file(write(TEXT, MESSAGES, TEXT))
+    assert [(problem.row, problem.reason) for problem in report.problems] == [
+        (2, "is messages although row 1 is text: use one format")
+    ]
+
+
+def test_row_numbers_are_line_numbers(write: Callable[..., Path]) -> None:
+    report = check_file(write(TEXT, "", "", {**TEXT, "chosen": ""}))
+    assert report.problems[0].row == 4
+
+
+def test_problems_are_listed_up_to_the_cap_and_counted_beyond(write: Callable[..., Path]) -> None:
+    path = write(TEXT, *({**TEXT, "chosen": ""} for _ in range(9)))
+    with pytest.raises(InvalidDataset) as caught:
+        require_valid(path, param="validation_file", cap=5)
+    assert len(caught.value.problems) == 5
+    assert caught.value.total == 9
+    assert caught.value.param == "validation_file"
+    assert "row 2, chosen is empty" in caught.value.message
+    assert "6 more problems" in caught.value.message
+
+
+@pytest.mark.parametrize("content", [b"", b"\n\n", b"\xef\xbb\xbf"])
+def test_an_empty_file_is_refused(write: Callable[..., Path], content: bytes) -> None:
+    with pytest.raises(InvalidDataset, match="training_file is empty"):
+        require_valid(write(content))
+
+
+def test_a_line_without_end_is_not_read_whole(write: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preferences, "MAX_ROW_BYTES", 200)
+    report = check_file(write({**TEXT, "prompt": "x" * 1000}, TEXT))
+    assert report.rows == 2
+    assert [problem.row for problem in report.problems] == [1]
+    assert "is longer than" in report.problems[0].reason
+
+
+def test_loading_a_file_that_changed_since_its_check_is_refused(write: Callable[..., Path]) -> None:
+    with pytest.raises(InvalidDataset, match="row 2 is not JSON"):
+        list(load_rows(write(TEXT, "{")))
+
+
+@given(st.binary(max_size=200))
+def test_no_bytes_make_the_check_fall_over(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
+    path = tmp_path_factory.mktemp("any") / "rows.jsonl"
+    path.write_bytes(content)
+    report = check_file(path)
+    assert report.total_problems <= 10 * report.rows
