@@ -29,7 +29,7 @@ def job_status(job: Job, checkpoints: Sequence[Checkpoint], base_url: str) -> co
             "update llama-stack-provider-trl-remote to the service's version"
         )
     progress: dict[str, Any] = dict(job.trl.progress or {})
-    metrics = progress.pop("metrics", {})
+    metrics, baseline, evaluation = (progress.pop(key, {}) for key in ("metrics", "baseline", "evaluation"))
     return compat.PostTrainingJobStatusResponse(
         job_uuid=job.job_uuid,
         status=STATUS[job.status],
@@ -49,6 +49,8 @@ def job_status(job: Job, checkpoints: Sequence[Checkpoint], base_url: str) -> co
             "estimated_finish": job.estimated_finish,
             "progress": progress,
             "metrics": metrics,
+            "baseline": baseline,
+            "evaluation": evaluation,
             "checkpoint_metrics": {checkpoint.id: checkpoint.trl.metrics for checkpoint in checkpoints},
             "error": None if job.error is None else job.error.model_dump(),
         },
