@@ -188,7 +188,7 @@ def test_the_official_client_of_the_release_submits_and_lists(client, stack, ser
     [
         (preference_rows(3), {"model": "org/nowhere"}, 400, ["org/nowhere", "org/tiny"]),
         ([*preference_rows(2), WITHOUT_REJECTED], {}, 400, ["row 3", "rejected"]),
-        ([], {}, 400, ["no rows"]),
+        ([], {}, 400, ["is empty"]),
         (preference_rows(3), {"extras": {"dpo": {"betta": 1}}}, 400, ["betta"]),
     ],
     ids=["unknown model", "row without rejected", "empty dataset", "unknown extra"],
