@@ -3,7 +3,7 @@
     python examples/dpo_script.py MODEL_FOLDER examples/preferences.jsonl --learning-rate 1e-5
 
 prints one JSON object per optimizer step, with TRL's names. A job with the same data, seed and settings reports the
-same losses; tests/integration/test_trainer_equality.py holds it to that. The defaults are those of a job.
+same losses; tests/integration/test_trainer_run.py holds it to that. The defaults are those of a job.
 """
 
 import argparse

@@ -11,6 +11,7 @@ import importlib
 import os
 import shutil
 import sys
+import textwrap
 import traceback
 from pathlib import Path
 
@@ -91,7 +92,7 @@ def failure(error: Exception, attempt: int) -> Outcome:
     elif "OutOfMemoryError" in torch_kinds or isinstance(error, MemoryError) or CPU_OUT_OF_MEMORY in str(error):
         code = "out_of_memory"
         message = (
-            f"out of memory ({_first_line(error)}): use a smaller batch_size with more gradient_accumulation_steps, "
+            f"out of memory ({_text(error)}): use a smaller batch_size with more gradient_accumulation_steps, "
             "a smaller max_length, gradient_checkpointing, or LoRA instead of full fine-tuning"
         )
     elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -102,9 +103,9 @@ def failure(error: Exception, attempt: int) -> Outcome:
         message = f"reading or writing failed: {error}"
     elif "AcceleratorError" in torch_kinds:
         code, retryable = "device_error", True
-        message = f"the device failed: {_first_line(error)}"
+        message = f"the device failed: {_text(error)}"
     else:
-        message = f"{type(error).__name__}: {_first_line(error)}"
+        message = f"{type(error).__name__}: {_text(error)}"
     return Outcome(attempt=attempt, status="failed", code=code, message=message, param=param, retryable=retryable)
 
 
@@ -115,8 +116,9 @@ def _report_failure(events: EventWriter, outcome: Outcome) -> None:
         traceback.print_exc()
 
 
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+def _text(error: Exception) -> str:
+    """The error's own words on one line, at most 300 characters of them."""
+    return textwrap.shorten(str(error), 300) or type(error).__name__
 
 
 if __name__ == "__main__":
