@@ -46,6 +46,13 @@ from bento_service.training.spec import TrlOptions
 
 log = structlog.get_logger("bento_service")
 
+
+def _is_worker() -> bool:
+    """Whether this process is a worker of a BentoML arbiter, which outlives a killed arbiter with its port."""
+    main = getattr(sys.modules["__main__"], "__spec__", None)
+    return main is not None and str(main.name).startswith("_bentoml_impl.worker")
+
+
 http = create_app()
 
 # Requests whose first answer may take longer than BentoML's timeout, which also counts the time a body takes to
@@ -93,7 +100,7 @@ class TrlTrainingService:
         files.remove_abandoned()
         self._store = Store.open(settings.sqlalchemy_url)
         self._impl = TrlPostTrainingImpl(settings, self._store, files)
-        self._keeper = SupervisorKeeper(settings)
+        self._keeper = SupervisorKeeper(settings, end_with_parent=_is_worker())
         http.state.impl = self._impl
 
     @bentoml.on_startup

@@ -1,5 +1,6 @@
 """The service's settings: one class, read from the environment with the prefix ``TRL_``."""
 
+import socket
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Literal
@@ -29,6 +30,11 @@ class Settings(BaseSettings):
     host: str = Field(default="127.0.0.1", description="Address that `make serve` and service.py bind.")
     port: int = Field(default=8080, ge=1, le=65535, description="Port of the service.")
     device: Literal["auto", "cuda", "cpu", "mps"] = Field(default="auto", description="Where trainers run.")
+    host_name: str = Field(
+        default_factory=socket.gethostname,
+        pattern=r"^[A-Za-z0-9_.-]{1,200}$",
+        description="Name of this host in leases and attempts. Give each host that shares a TRL_HOME its own.",
+    )
     cpu_slots: int = Field(default=1, ge=1, description="Jobs that train at once on a host without GPUs.")
 
     api_keys: Annotated[tuple[SecretStr, ...], NoDecode] = Field(
@@ -41,6 +47,8 @@ class Settings(BaseSettings):
 
     max_file_bytes: int = Field(default=5 * 2**30, ge=1, description="Largest accepted upload, bytes.")
     max_report_rows: int = Field(default=100, ge=1, description="Bad rows listed one by one in an answer.")
+
+    max_streams: int = Field(default=100, ge=1, description="Event streams (SSE) that an API process keeps open at once.")
 
     heartbeat_seconds: float = Field(default=10, gt=0, description="How often a supervisor renews its leases.")
     lease_seconds: float = Field(default=30, gt=0, description="A lease not renewed for this long is stale.")

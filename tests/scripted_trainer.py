@@ -1,11 +1,14 @@
 """Stands in for the trainer in tests of the engine: same files, same signals, no training.
 
 Does what ``script.json`` in the run directory says: ``steps`` (how many metrics events), ``step_seconds``,
-``ends`` (succeeded, failed, retryable, crash, hang), ``crashes`` (attempts that die by SIGKILL before
-they end), ``ignore_sigterm``. It resumes from the last step that its own events file holds.
+``ends`` (succeeded, failed, retryable, hang), ``crashes`` (attempts that die by SIGKILL before they end),
+``ignore_sigterm``, ``hold`` (where the first attempt waits for the file ``release``: start, a step's number, or
+outcome, after that is written; the file ``held`` says that it is there). Two of them on one run directory leave the
+file ``second-trainer``. It resumes from the last step that its own events file holds.
 """
 
 import argparse
+import fcntl
 import json
 import os
 import signal
@@ -26,9 +29,14 @@ if arguments.await_go and sys.stdin.readline() != "go\n":
     sys.exit(0)
 
 run = RunDirectory(arguments.run)
+alone = (run.path / "alone.lock").open("w")
+try:
+    fcntl.flock(alone, fcntl.LOCK_EX | fcntl.LOCK_NB)
+except BlockingIOError:
+    (run.path / "second-trainer").touch()
 run.read_spec()
 LeaseWatch(run.lease_file, period=0.05).start()
-script = {"steps": 3, "step_seconds": 0.0, "ends": "succeeded", "crashes": 0, "ignore_sigterm": False}
+script = {"hold": None, "steps": 3, "step_seconds": 0.0, "ends": "succeeded", "crashes": 0, "ignore_sigterm": False}
 if (run.path / "script.json").exists():
     script |= json.loads((run.path / "script.json").read_text())
 stop = False
@@ -40,6 +48,17 @@ def on_sigterm(number: int, frame: object) -> None:
 
 
 signal.signal(signal.SIGTERM, on_sigterm)
+
+
+def hold(where: object) -> None:
+    if script["hold"] != where or (run.path / "held").exists():
+        return
+    (run.path / "held").touch()
+    while not (run.path / "release").exists() and not stop:
+        time.sleep(0.01)
+
+
+hold("start")
 done = [e.data["step"] for e in read_events(run.events_file)[0] if e.type == "metrics"]
 step = max(done, default=0)
 events = EventWriter(run.events_file)
@@ -48,6 +67,7 @@ events.write("progress", "Training starts", step=step, total_steps=script["steps
 while step < script["steps"] and not stop:
     step += 1
     events.write("metrics", f"Step {step}", step=step, total_steps=script["steps"], epoch=0.0, tokens=8, loss=1 / step)
+    hold(step)
     deadline = time.monotonic() + script["step_seconds"]
     while time.monotonic() < deadline and not stop:
         time.sleep(0.01)
@@ -56,13 +76,12 @@ if arguments.attempt <= script["crashes"]:
     os.kill(os.getpid(), signal.SIGKILL)
 while script["ends"] == "hang" and not stop:
     time.sleep(0.01)
+status = "succeeded" if script["ends"] == "hang" else "failed" if script["ends"] == "retryable" else script["ends"]
 if stop:
-    run.write_outcome(Outcome(attempt=arguments.attempt, status="stopped"))
-elif script["ends"] == "succeeded":
-    run.write_outcome(Outcome(attempt=arguments.attempt, status="succeeded"))
-elif script["ends"] in ("failed", "retryable"):
-    retryable = script["ends"] == "retryable"
-    run.write_outcome(
-        Outcome(attempt=arguments.attempt, status="failed", code="scripted", message="as told", retryable=retryable)
-    )
-    sys.exit(1)
+    status = "stopped"
+failure = {"code": "scripted", "message": "as told"} if status == "failed" else {}
+run.write_outcome(
+    Outcome(attempt=arguments.attempt, status=status, retryable=script["ends"] == "retryable", **failure)
+)
+hold("outcome")
+sys.exit(status == "failed")

@@ -3,7 +3,6 @@
 import fcntl
 import json
 import os
-import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +13,7 @@ from bento_service.settings import Settings
 def hold(settings: Settings, abandoned: Callable[[], bool]) -> int | None:
     """Wait for this host's lock; None when ``abandoned`` came true first. Closing the descriptor releases it."""
     settings.home.mkdir(parents=True, exist_ok=True)
-    fd = os.open(settings.home / f"supervisor-{socket.gethostname()}.lock", os.O_RDWR | os.O_CREAT, 0o600)
+    fd = os.open(settings.home / f"supervisor-{settings.host_name}.lock", os.O_RDWR | os.O_CREAT, 0o600)
     while True:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -45,4 +44,4 @@ def supervisor_pid(settings: Settings) -> int | None:
 
 
 def _heartbeat_file(settings: Settings) -> Path:
-    return settings.home / f"supervisor-{socket.gethostname()}.json"
+    return settings.home / f"supervisor-{settings.host_name}.json"

@@ -1,6 +1,7 @@
 """Keeps a supervisor process alive beside an API worker, and knows whether one is."""
 
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -22,10 +23,13 @@ class SupervisorKeeper:
 
     Several API workers on a host have a keeper each; their children share one lock, so that one of them works and
     the others stand by.
+
+    With ``end_with_parent`` this process is told to stop (SIGTERM to itself) when the one that started it is gone.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, *, end_with_parent: bool = False) -> None:
         self._settings = settings
+        self._parent = os.getppid() if end_with_parent else None
         self._stopping = threading.Event()
         self._process: subprocess.Popen[bytes] | None = None
         self._thread = threading.Thread(target=self._keep, name="supervisor-keeper", daemon=True)
@@ -46,7 +50,7 @@ class SupervisorKeeper:
         while not self._stopping.is_set():
             self._process = self._spawn()
             while self._process.poll() is None and not self._stopping.wait(0.1):
-                pass
+                self._notice_dead_parent()
             if not self._stopping.is_set():
                 log.warning("supervisor ended, starting another", exit_code=self._process.returncode)
                 self._stopping.wait(_RESTART_SECONDS)
@@ -58,6 +62,12 @@ class SupervisorKeeper:
                 log.error("supervisor did not drain in time, killed; the next one adopts its trainers")
                 self._process.kill()
                 self._process.wait()
+
+    def _notice_dead_parent(self) -> None:
+        if self._parent is not None and os.getppid() != self._parent:
+            log.warning("parent gone, stopping", parent=self._parent)
+            self._parent = None
+            os.kill(os.getpid(), signal.SIGTERM)
 
     def _spawn(self) -> subprocess.Popen[bytes]:
         rest = os.environ.get("PYTHONPATH")

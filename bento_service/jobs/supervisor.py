@@ -2,7 +2,6 @@
 
 import os
 import shlex
-import socket
 import time
 from dataclasses import dataclass, field
 
@@ -51,7 +50,7 @@ class Supervisor:
         self.settings = settings
         self.store = store
         self.devices = devices or visible_devices(settings)
-        self.host = socket.gethostname()
+        self.host = settings.host_name
         self.owner = f"{self.host}:{os.getpid()}:{time.time():.3f}"
         self.draining = False
         self.runs: dict[str, Run] = {}
