@@ -1,4 +1,4 @@
-"""The callbacks' decisions, one by one. Here and not among the unit tests because transformers takes seconds to load."""
+"""The callbacks' decisions, one by one. No unit tests, because transformers takes seconds to load."""
 
 from pathlib import Path
 

@@ -205,7 +205,9 @@ def test_a_run_stopped_and_killed_on_the_way_ends_as_one_that_was_not(
 
 
 def test_an_evaluation_left_by_a_stop_is_made_up_for(data: Path, tmp_path: Path) -> None:
-    many = write_rows(tmp_path / "many.jsonl", preference_rows(150))  # one by one: seconds, so the stop falls into it
+    many = write_rows(
+        tmp_path / "many.jsonl", preference_rows(60)
+    )  # one by one: a second or more, so the stop falls into it
     run = make_run(
         tmp_path / "run",
         data / "model",
