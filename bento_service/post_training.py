@@ -4,7 +4,8 @@ import re
 import secrets
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO, Literal
 
@@ -21,10 +22,14 @@ from bento_service.errors import (
 )
 from bento_service.files import FileStorage, IncomingFile, StoredBytes
 from bento_service.jobs.devices import visible_devices
-from bento_service.jobs.job import Checkpoint, Job, JobEvent, JobRequest, JobStatus, Page, StoredFile
+from bento_service.jobs.disk import disk_need
+from bento_service.jobs.forecast import estimated_start
+from bento_service.jobs.job import Attempt, Checkpoint, Job, JobEvent, JobRequest, JobStatus, News, Page, StoredFile
+from bento_service.jobs.log_page import LogPage, read_page, read_tail
 from bento_service.jobs.store import Store
 from bento_service.settings import Settings
 from bento_service.training.preferences import require_valid
+from bento_service.training.run_directory import RunDirectory
 from bento_service.training.spec import FULL_LEARNING_RATE, LORA_LEARNING_RATE, TrainingSpec
 
 # What "auto" means. beta is the value of the DPO paper and of TRL; one pass, since preference data overfits early.
@@ -107,7 +112,7 @@ class TrlPostTrainingImpl:
         ClientIdConflict. After any of them nothing of the job is stored.
         """
         if existing := self._submitted_before(request):
-            return existing
+            return self._with_forecast([existing])[0]
         self._require_consistent(request)
         self._require_resources(request)
         training_file = self._data_path(request.training_file, "training_file")
@@ -128,6 +133,7 @@ class TrlPostTrainingImpl:
             validation_file=validation_file,
             device=self.settings.device,
         )
+        self._require_disk(spec)
         job = Job(
             id=spec.job_id,
             client_id=request.options.client_id,
@@ -140,11 +146,11 @@ class TrlPostTrainingImpl:
             fine_tuned_model=":".join(filter(None, ("ft", request.model, request.suffix, short_id))),
         )
         stored, _ = self._store.create_job(job)
-        return stored
+        return self._with_forecast([stored])[0]
 
     def status(self, job_id: str) -> Job:
         """Raises NotFound."""
-        return self._store.get_job(job_id)
+        return self._with_forecast([self._store.get_job(job_id)])[0]
 
     def list_jobs(
         self,
@@ -155,7 +161,8 @@ class TrlPostTrainingImpl:
         client_id: str | None = None,
     ) -> Page[Job]:
         """Newest first; only jobs that have all the metadata given. Raises NotFound for an unknown ``after``."""
-        return self._store.list_jobs(after=after, limit=limit, metadata=dict(metadata or {}), client_id=client_id)
+        page = self._store.list_jobs(after=after, limit=limit, metadata=dict(metadata or {}), client_id=client_id)
+        return replace(page, data=self._with_forecast(page.data))
 
     def cancel(self, job_id: str) -> Job:
         """Stop the job for good; a running one is told to. Raises NotFound, TransitionRefused once it has ended."""
@@ -167,7 +174,7 @@ class TrlPostTrainingImpl:
 
     def resume(self, job_id: str) -> Job:
         """Queue a paused job again. Raises NotFound, TransitionRefused."""
-        return self._store.resume(job_id)
+        return self._with_forecast([self._store.resume(job_id)])[0]
 
     def events(
         self, job_id: str, *, after: str | None = None, limit: int = 20, order: Literal["asc", "desc"] = "desc"
@@ -175,9 +182,33 @@ class TrlPostTrainingImpl:
         """The job's history from the event after ``after`` on. Raises NotFound."""
         return self._store.list_events(job_id, after=after, limit=limit, order=order)
 
+    def event_seq(self, job_id: str, event_id: str | None) -> int:
+        """Where to start watching: an event's number, 0 for None. Raises NotFound."""
+        return self._store.event_seq(job_id, event_id)
+
+    def news(self, job_id: str, *, after_seq: int, limit: int = 500) -> News:
+        """What happened to the job since event number ``after_seq``; made to be asked often. Raises NotFound."""
+        return self._store.news(job_id, after_seq=after_seq, limit=limit)
+
     def artifacts(self, job_id: str, *, after: str | None = None, limit: int = 10) -> Page[Checkpoint]:
         """The job's complete checkpoints, newest first. Raises NotFound."""
         return self._store.list_checkpoints(job_id, after=after, limit=limit)
+
+    def attempts(self, job_id: str) -> list[Attempt]:
+        """The launches of the job's trainer, oldest first. Raises NotFound."""
+        self._store.event_seq(job_id, None)
+        return self._store.list_attempts(job_id)
+
+    def log(self, job_id: str, *, offset: int = 0, tail: int | None = None, limit: int = 65536) -> LogPage:
+        """At most ``limit`` bytes of the trainer's log: from ``offset`` on, or the last ``tail`` lines.
+
+        Empty before the first attempt, and after the retention time. Raises NotFound.
+        """
+        job = self._store.get_job(job_id)
+        log_file = RunDirectory(self.settings.runs_path / job.id).log_file
+        if tail is not None:
+            return read_tail(log_file, lines=tail, limit=limit)
+        return read_page(log_file, offset=offset, limit=limit)
 
     # ---------------------------------------------------------------- service
 
@@ -228,6 +259,30 @@ class TrlPostTrainingImpl:
             raise InvalidRequest(
                 "Both validation_file and trl.evaluation.split are given: held-out pairs come from one of them.",
                 param="trl.evaluation.split",
+            )
+
+    def _with_forecast(self, jobs: Sequence[Job]) -> list[Job]:
+        """The jobs with their estimated start; costs nothing where none of them waits."""
+        if not any(job.status is JobStatus.QUEUED for job in jobs):
+            return list(jobs)
+        workload, now = self._store.workload(), time.time()
+
+        def start(job: Job) -> int | None:
+            if job.devices_ahead is None:
+                return None
+            return estimated_start(
+                workload, devices=self.devices.count, wanted=job.devices, ahead=job.devices_ahead, now=now
+            )
+
+        return [replace(job, estimated_start=start(job)) for job in jobs]
+
+    def _require_disk(self, spec: TrainingSpec) -> None:
+        need = disk_need(spec, self.settings.runs_path)
+        if not need.fits:
+            raise ResourcesExceeded(
+                f"The job {need.describe()}: keep fewer checkpoints with trl.saving.total_limit (now "
+                f"{spec.options.saving.total_limit}), or free some space under TRL_HOME on the service.",
+                param="trl.saving.total_limit",
             )
 
     def _require_resources(self, request: JobRequest) -> None:

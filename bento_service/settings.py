@@ -48,7 +48,7 @@ class Settings(BaseSettings):
     max_file_bytes: int = Field(default=5 * 2**30, ge=1, description="Largest accepted upload, bytes.")
     max_report_rows: int = Field(default=100, ge=1, description="Bad rows listed one by one in an answer.")
 
-    max_streams: int = Field(default=100, ge=1, description="Event streams (SSE) that an API process keeps open at once.")
+    max_streams: int = Field(default=100, ge=1, description="Event streams open at once in an API process.")
 
     heartbeat_seconds: float = Field(default=10, gt=0, description="How often a supervisor renews its leases.")
     lease_seconds: float = Field(default=30, gt=0, description="A lease not renewed for this long is stale.")

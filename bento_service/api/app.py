@@ -11,6 +11,7 @@ from bento_service import __version__
 from bento_service.api import files, fine_tuning, health
 from bento_service.api.access import AccessGuard
 from bento_service.api.errors import error_response, install_error_handlers
+from bento_service.api.event_stream import EventStreams
 from bento_service.api.request import BodyLimit, RequestIds
 from bento_service.post_training import TrlPostTrainingImpl
 from bento_service.settings import Settings
@@ -25,6 +26,7 @@ def create_app(impl: TrlPostTrainingImpl | None = None) -> FastAPI:
     """The routes. ``app.state.impl`` may also be set later, before the first request."""
     app = FastAPI(title="TRL Remote Training Service", version=__version__, description=DESCRIPTION)
     app.state.impl = impl
+    app.state.streams = EventStreams()
     for router in (health.router, files.router, fine_tuning.router):
         app.include_router(router)
     methods = ["GET", "POST", "PUT", "PATCH", "DELETE"]

@@ -11,7 +11,8 @@ from bento_service.post_training import TrlPostTrainingImpl
 _ID_CHARACTERS = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_-")
 
 
-def _impl(request: Request) -> TrlPostTrainingImpl:
+# Async although none of them waits: others take a detour through the thread pool, every one of them.
+async def _impl(request: Request) -> TrlPostTrainingImpl:
     impl = request.app.state.impl
     assert isinstance(impl, TrlPostTrainingImpl)
     return impl
@@ -24,11 +25,11 @@ def _id(kind: str, value: str) -> str:
     return value
 
 
-def _file_id(file_id: Annotated[str, Path(description="As `POST /v1/files` answered it.")]) -> str:
+async def _file_id(file_id: Annotated[str, Path(description="As `POST /v1/files` answered it.")]) -> str:
     return _id("file", file_id)
 
 
-def _job_id(job_id: Annotated[str, Path(description="As `POST /v1/fine_tuning/jobs` answered it.")]) -> str:
+async def _job_id(job_id: Annotated[str, Path(description="As `POST /v1/fine_tuning/jobs` answered it.")]) -> str:
     return _id("fine-tuning job", job_id)
 
 
@@ -48,6 +49,7 @@ _DESCRIPTIONS = {
     409: "The request contradicts what is stored; sending it again does not help.",
     413: "The body is larger than the service accepts.",
     415: "The body is of a type that the service does not read.",
+    503: "The service has no room for this now; `retry-after` says when to try again (seconds).",
     500: "The service failed; its log has the cause under `x-request-id`.",
 }
 

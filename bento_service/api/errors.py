@@ -46,6 +46,10 @@ _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_
 NO_RETRY = {"x-should-retry": "false"}
 
 
+# What a caller is told to wait when the service is overloaded.
+RETRY_AFTER_SECONDS = 5
+
+
 class RowProblemBody(BaseModel):
     """One defect of one row of a data file."""
 
@@ -103,6 +107,8 @@ def answer(error: TrlRemoteError) -> JSONResponse:
         ]
         more["total_problems"] = error.total
     headers = NO_RETRY if isinstance(error, Conflict) else None
+    if isinstance(error, Overloaded):
+        headers = {"retry-after": str(RETRY_AFTER_SECONDS)}
     return error_response(status, error.message, code=error.code, param=error.param, headers=headers, **more)
 
 

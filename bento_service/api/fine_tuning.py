@@ -1,12 +1,24 @@
-"""``/v1/fine_tuning/jobs``: submit, follow and stop jobs, and list their checkpoints."""
+"""``/v1/fine_tuning/jobs``: submit, follow and stop jobs, and read what belongs to them."""
 
 import re
+from functools import partial
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Query, Request
+from anyio import to_thread
+from fastapi import APIRouter, Header, Query, Request
 
 from bento_service.api.context import After, Impl, JobId, Limit, error_answers
-from bento_service.api.wire import CheckpointObject, CreateJob, EventObject, JobObject, ListOf, page_of
+from bento_service.api.event_stream import EventStream
+from bento_service.api.wire import (
+    AttemptObject,
+    CheckpointObject,
+    CreateJob,
+    EventObject,
+    JobObject,
+    ListOf,
+    LogObject,
+    page_of,
+)
 from bento_service.errors import InvalidRequest
 
 router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["Fine-tuning"])
@@ -26,6 +38,10 @@ _METADATA_FILTER: dict[str, Any] = {
             "description": "`metadata[k]=v`: only jobs that have all these pairs.",
         }
     ]
+}
+
+_EVENT_STREAM: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}
 }
 
 
@@ -75,16 +91,34 @@ def resume_job(job_id: JobId, impl: Impl) -> JobObject:
     return JobObject.of(impl.resume(job_id))
 
 
-@router.get("/{job_id}/events", summary="List a job's events", responses=error_answers(400, 404))
-def list_events(
+@router.get(
+    "/{job_id}/events",
+    summary="List or watch a job's events",
+    response_model=ListOf[EventObject],
+    responses=error_answers(400, 404, 503) | _EVENT_STREAM,
+)
+async def list_events(
+    request: Request,
     job_id: JobId,
     impl: Impl,
     after: After = None,
     limit: Limit = 20,
     order: Annotated[Literal["asc", "desc"], Query(description="desc: newest first.")] = "desc",
-) -> ListOf[EventObject]:
-    """The job's whole history: states, messages, metrics, evaluations, checkpoints."""
-    page = impl.events(job_id, after=after, limit=limit, order=order)
+    stream: Annotated[bool, Query(description="Server-sent events, oldest first, until the job ends.")] = False,
+    last_event_id: Annotated[
+        str | None, Header(max_length=64, description="Of a stream: go on after this event; stronger than `after`.")
+    ] = None,
+) -> ListOf[EventObject] | EventStream:
+    """The job's whole history: states, messages, metrics, evaluations, checkpoints.
+
+    With `stream=true` all of it from the start (or after the event of the header `Last-Event-ID`, or `after`), and
+    then what happens, as it happens. Every message has the event's `id`, its type as `event`, and as `data` the
+    object that the list has. After a job's last event comes `event: done` with the data `[DONE]`.
+    """
+    if stream:
+        seq = await to_thread.run_sync(impl.event_seq, job_id, last_event_id or after)
+        return EventStream(request.app.state.streams, impl, job_id, after_seq=seq)
+    page = await to_thread.run_sync(partial(impl.events, job_id, after=after, limit=limit, order=order))
     return page_of(page, [EventObject.of(event) for event in page.data])
 
 
@@ -94,6 +128,30 @@ def list_checkpoints(job_id: JobId, impl: Impl, after: After = None, limit: Limi
     page = impl.artifacts(job_id, after=after, limit=limit)
     name = impl.status(job_id).fine_tuned_model or job_id
     return page_of(page, [CheckpointObject.of(checkpoint, name) for checkpoint in page.data])
+
+
+@router.get("/{job_id}/attempts", summary="List a job's attempts", responses=error_answers(404))
+def list_attempts(job_id: JobId, impl: Impl) -> ListOf[AttemptObject]:
+    """Each launch of the job's trainer, oldest first, all of them."""
+    attempts = [AttemptObject.of(attempt) for attempt in impl.attempts(job_id)]
+    return ListOf(data=attempts, has_more=False, first_id=None, last_id=None)
+
+
+@router.get("/{job_id}/logs", summary="Read a job's log", responses=error_answers(400, 404))
+def read_log(
+    job_id: JobId,
+    impl: Impl,
+    offset: Annotated[int | None, Query(ge=0, lt=2**63, description="Byte to start at. Default: 0.")] = None,
+    tail: Annotated[int | None, Query(ge=1, le=10_000, description="The last so many lines instead.")] = None,
+    limit: Annotated[int, Query(ge=16, le=1 << 20, description="Most bytes of the answer's content.")] = 1 << 16,
+) -> LogObject:
+    """What the trainer wrote to its standard output and error, all attempts in one file.
+
+    Follow it by asking again with `offset` set to the `next_offset` of the answer before.
+    """
+    if offset is not None and tail is not None:
+        raise InvalidRequest("Both offset and tail are given: the first pages, the second ends the log. Give one.")
+    return LogObject.of(impl.log(job_id, offset=offset or 0, tail=tail, limit=limit))
 
 
 def _metadata_filter(request: Request) -> dict[str, str]:

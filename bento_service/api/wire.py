@@ -7,7 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, WithJsonSchema
 
-from bento_service.jobs.job import Checkpoint, Job, JobEvent, JobRequest, JobStatus, Page, StoredFile
+from bento_service.jobs.job import Attempt, Checkpoint, Job, JobEvent, JobRequest, JobStatus, Page, StoredFile
+from bento_service.jobs.log_page import LogPage
 from bento_service.training.spec import TrlOptions
 
 
@@ -202,6 +203,9 @@ class TrlJob(BaseModel):
     started_at: int | None = Field(description="When the first attempt was launched.")
     attempt: int = Field(description="Launches so far.")
     queue_position: int | None = Field(description="1 is next; only while queued.")
+    estimated_start: int | None = Field(
+        description="Only while queued: from what runs now and how long the last jobs ran; null when that is unknown."
+    )
     priority: int
     devices: int
     wanted: Literal["cancel", "pause"] | None = Field(description="Asked for, not yet carried out.")
@@ -276,6 +280,7 @@ class JobObject(BaseModel):
                 started_at=_seconds(job.started_at),
                 attempt=job.attempt,
                 queue_position=job.queue_position,
+                estimated_start=job.estimated_start,
                 priority=job.priority,
                 devices=job.devices,
                 wanted=job.wanted,
@@ -375,6 +380,58 @@ class CheckpointObject(BaseModel):
                 epoch=checkpoint.epoch,
                 metrics=checkpoint.metrics,
             ),
+        )
+
+
+class AttemptObject(BaseModel):
+    """One launch of a job's trainer."""
+
+    object: Literal["fine_tuning.job.attempt"] = "fine_tuning.job.attempt"
+    number: int = Field(description="From 1.")
+    host: str
+    devices: list[str] = Field(description="GPU indices or UUIDs; slot numbers on a host without GPUs.")
+    pid: int | None = Field(description="Null until the process is up.")
+    started_at: int
+    ended_at: int | None
+    exit_code: int | None = Field(description="Null for a process that a signal ended, or whose end nobody saw.")
+    signal: int | None = Field(description="The signal that ended the process.")
+    reason: str | None = Field(description="What the end meant for the job.")
+
+    @classmethod
+    def of(cls, attempt: Attempt) -> "AttemptObject":
+        return cls(
+            number=attempt.number,
+            host=attempt.host,
+            devices=attempt.devices,
+            pid=attempt.pid,
+            started_at=int(attempt.started_at),
+            ended_at=_seconds(attempt.ended_at),
+            exit_code=attempt.exit_code,
+            signal=attempt.signal,
+            reason=attempt.reason,
+        )
+
+
+class LogObject(BaseModel):
+    """A piece of the trainer's log: the output of all attempts, rotated by size."""
+
+    object: Literal["fine_tuning.job.log"] = "fine_tuning.job.log"
+    offset: int = Field(description="Byte at which the content starts.")
+    next_offset: int = Field(description="The `offset` of the next piece.")
+    size: int = Field(description="Bytes of the log now.")
+    truncated: bool = Field(
+        description="The offset asked for was past the end: the log was rotated; this starts at 0."
+    )
+    content: str = Field(description="Text; bytes that are no UTF-8 are U+FFFD.")
+
+    @classmethod
+    def of(cls, page: LogPage) -> "LogObject":
+        return cls(
+            offset=page.offset,
+            next_offset=page.next_offset,
+            size=page.size,
+            truncated=page.truncated,
+            content=page.content,
         )
 
 

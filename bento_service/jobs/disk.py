@@ -7,6 +7,7 @@ import struct
 from dataclasses import dataclass
 from pathlib import Path
 
+from bento_service.errors import InvalidRequest
 from bento_service.training.spec import TrainingSpec
 
 # Bytes a parameter takes in a checkpoint: its value and AdamW's two moments, each fp32; SGD here has no moments.
@@ -15,6 +16,9 @@ _MOMENT_BYTES = {"adamw": 8, "adam": 8, "sgd": 0}
 
 # Events, log and the files beside the weights.
 _REST_BYTES = 64 * 2**20
+
+# The safetensors format's own limit.
+_MAX_HEADER_BYTES = 100_000_000
 
 # Not adapted by LoRA's "all-linear".
 _NOT_LINEAR = ("embed", "lm_head", "wte", "wpe")
@@ -69,11 +73,20 @@ def trained_parameters(spec: TrainingSpec) -> int:
 
 
 def _tensor_shapes(folder: Path) -> dict[str, list[int]]:
-    """Names and shapes from the headers of the safetensors files: 8 bytes of length, then JSON."""
+    """Names and shapes from the headers of the safetensors files: 8 bytes of length, then JSON.
+
+    Raises InvalidRequest for a file of another kind, such as a pointer of git LFS.
+    """
     shapes: dict[str, list[int]] = {}
     for file in sorted(folder.glob("*.safetensors")):
         with file.open("rb") as weights:
-            (length,) = struct.unpack("<Q", weights.read(8))
+            start = weights.read(8)
+            length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+            if not 0 < length <= _MAX_HEADER_BYTES:
+                raise InvalidRequest(
+                    f"{file} is not a safetensors file: was the model downloaded completely (git lfs pull)?",
+                    param="model",
+                )
             header = json.loads(weights.read(length))
         shapes |= {name: tensor["shape"] for name, tensor in header.items() if name != "__metadata__"}
     return shapes

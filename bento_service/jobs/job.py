@@ -114,6 +114,8 @@ class Job:
     lease_token: int = 0  # grows with every claim; a write with an older token is refused
     fine_tuned_model: str | None = None  # name under which the trained model is known
     queue_position: int | None = None  # 1 is next; only while queued
+    devices_ahead: int | None = None  # asked for by the jobs before it; only while queued
+    estimated_start: int | None = None  # unix seconds; only while queued, None when nothing is known to tell it by
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,6 +155,15 @@ class JobEvent:
     level: Literal["info", "warn", "error"]
     message: str
     data: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class News:
+    """What a watcher of a job has not seen yet."""
+
+    events: list[JobEvent]  # oldest first
+    has_more: bool  # there are more events than these
+    ended: bool  # the job has ended, and after these events nothing is to be waited for
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -64,7 +64,9 @@ jobs = Table(
     Column("artifacts_expired", Boolean, nullable=False, default=False),
     Column("event_seq", Integer, nullable=False, default=0),  # seq of the newest event
     Column("event_offset", BigInteger, nullable=False, default=0),  # bytes of events.jsonl already carried over
-    Index("jobs_queue", "status", "priority", "number"),
+    # devices: the queue's length is summed up from the index alone, without reading the jobs.
+    Index("jobs_queue", "status", "priority", "number", "devices"),
+    Index("jobs_finished", "finished_at"),
 )
 
 events = Table(

@@ -7,6 +7,7 @@ while the lease's token is the job's newest, and raise ``LeaseLost`` otherwise, 
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Literal
 
 import sqlalchemy as sa
@@ -16,6 +17,7 @@ from sqlalchemy.exc import IntegrityError
 from bento_service.errors import ClientIdConflict, Conflict, NotFound, TransitionRefused
 from bento_service.jobs import schema
 from bento_service.jobs.database import open_engine, read_connection
+from bento_service.jobs.forecast import Occupation, Workload
 from bento_service.jobs.job import (
     TRANSITIONS,
     Attempt,
@@ -25,6 +27,7 @@ from bento_service.jobs.job import (
     JobEvent,
     JobStatus,
     Lease,
+    News,
     Page,
     StoredFile,
 )
@@ -32,6 +35,7 @@ from bento_service.jobs.progress import advance
 from bento_service.jobs.rows import (
     attempt_from_row,
     checkpoint_from_row,
+    event_id,
     file_from_row,
     job_event_from_row,
     job_from_row,
@@ -162,7 +166,7 @@ class Store:
             for key, value in (metadata or {}).items():
                 query = query.where(jobs.c.metadata[key].as_string() == value)
             rows = list(_rows(connection, query.limit(limit + 1)))
-            return _page([job_from_row(row, _queue_position(connection, row)) for row in rows], limit)
+            return _page([_job_of(connection, row) for row in rows], limit)
 
     def count_jobs(self) -> dict[JobStatus, int]:
         """Jobs by state, with a zero for each state that has none."""
@@ -208,16 +212,61 @@ class Store:
     def list_events(
         self, job_id: str, after: str | None = None, limit: int = 20, order: Literal["asc", "desc"] = "desc"
     ) -> Page[JobEvent]:
+        """Raises NotFound for an unknown job, and for an ``after`` that is no event of this job."""
         with self._read() as connection:
-            _job_row(connection, job_id)
+            _, newest = _state(connection, job_id)
             query = sa.select(events).where(events.c.job_id == job_id)
             if after is not None:
-                seq = number_in_id(after)
-                if seq is None:
-                    raise NotFound(f"No event {after} in job {job_id}.", param="after")
+                seq = _seq_of(job_id, after, newest)
                 query = query.where(events.c.seq > seq if order == "asc" else events.c.seq < seq)
             query = query.order_by(events.c.seq if order == "asc" else events.c.seq.desc())
             return _page([job_event_from_row(row) for row in _rows(connection, query.limit(limit + 1))], limit)
+
+    def event_seq(self, job_id: str, identifier: str | None) -> int:
+        """The number of an event of this job; 0 for None. Raises NotFound."""
+        with self._read() as connection:
+            _, newest = _state(connection, job_id)
+            return 0 if identifier is None else _seq_of(job_id, identifier, newest)
+
+    def news(self, job_id: str, *, after_seq: int, limit: int) -> News:
+        """The next events of a job. Cheap when there are none. Raises NotFound for an unknown job."""
+        with self._read() as connection:
+            status, newest = _state(connection, job_id)
+            found: list[JobEvent] = []
+            if newest > after_seq:
+                query = sa.select(events).where(events.c.job_id == job_id, events.c.seq > after_seq)
+                rows = _rows(connection, query.order_by(events.c.seq).limit(limit))
+                found = [job_event_from_row(row) for row in rows]
+        has_more = newest > (found[-1].seq if found else after_seq)
+        return News(events=found, has_more=has_more, ended=status.is_terminal and not has_more)
+
+    def workload(self, recent: int = 20) -> Workload:
+        """What runs now, and how long those of the ``recent`` last ended jobs that succeeded have run."""
+        running = sa.select(jobs.c.devices, jobs.c.started_at, jobs.c.progress).where(
+            jobs.c.status == JobStatus.RUNNING.value
+        )
+        last = (
+            sa.select(jobs.c.status, jobs.c.started_at, jobs.c.finished_at)
+            .where(jobs.c.finished_at.is_not(None))
+            .order_by(jobs.c.finished_at.desc())
+            .limit(recent)
+        )
+        with self._read() as connection:
+            return Workload(
+                running=[
+                    Occupation(
+                        devices=row.devices,
+                        started_at=row.started_at,
+                        estimated_finish=row.progress.get("estimated_finish"),
+                    )
+                    for row in connection.execute(running)
+                ],
+                recent_seconds=[
+                    row.finished_at - row.started_at
+                    for row in connection.execute(last)
+                    if row.status == JobStatus.SUCCEEDED.value
+                ],
+            )
 
     def list_checkpoints(self, job_id: str, after: str | None = None, limit: int = 10) -> Page[Checkpoint]:
         """Newest first."""
@@ -456,9 +505,32 @@ def _job_row(connection: Connection, job_id: str, *, lock: bool = False) -> dict
     return row
 
 
+def _state(connection: Connection, job_id: str) -> tuple[JobStatus, int]:
+    """Status and newest event number, without reading the rest of the job."""
+    row = connection.execute(sa.select(jobs.c.status, jobs.c.event_seq).where(jobs.c.id == job_id)).one_or_none()
+    if row is None:
+        raise NotFound(f"No fine-tuning job {job_id}.")
+    return JobStatus(row.status), row.event_seq
+
+
+def _seq_of(job_id: str, after: str, newest: int) -> int:
+    seq = number_in_id(after)
+    if seq is None or after != event_id(job_id, seq) or not 1 <= seq <= newest:
+        raise NotFound(f"No event {after} in job {job_id}.", param="after")
+    return seq
+
+
 def _job(connection: Connection, job_id: str) -> Job:
-    row = _job_row(connection, job_id)
-    return job_from_row(row, _queue_position(connection, row))
+    return _job_of(connection, _job_row(connection, job_id))
+
+
+def _job_of(connection: Connection, row: Mapping[str, Any]) -> Job:
+    """The job with its place in the queue, if it waits."""
+    job = job_from_row(row)
+    if job.status is not JobStatus.QUEUED:
+        return job
+    jobs_ahead, devices_ahead = _ahead(connection, row)
+    return replace(job, queue_position=1 + jobs_ahead, devices_ahead=devices_ahead)
 
 
 def _same_client(connection: Connection, job: Job) -> Job | None:
@@ -473,20 +545,20 @@ def _same_client(connection: Connection, job: Job) -> Job | None:
             "Use a new id for a new job.",
             param="trl.client_id",
         )
-    return job_from_row(row, _queue_position(connection, row))
+    return _job_of(connection, row)
 
 
-def _queue_position(connection: Connection, row: Mapping[str, Any]) -> int | None:
-    if row["status"] != JobStatus.QUEUED.value:
-        return None
-    ahead = sa.select(sa.func.count()).where(
-        jobs.c.status == JobStatus.QUEUED.value,
-        sa.or_(
-            jobs.c.priority > row["priority"],
-            sa.and_(jobs.c.priority == row["priority"], jobs.c.number < row["number"]),
-        ),
-    )
-    return 1 + int(connection.execute(ahead).scalar_one())
+def _ahead(connection: Connection, row: Mapping[str, Any]) -> tuple[int, int]:
+    """Jobs before this one in the queue, and the devices they ask for; both are read from the index alone."""
+    queued = jobs.c.status == JobStatus.QUEUED.value
+    same, number = jobs.c.priority == row["priority"], jobs.c.number < row["number"]
+    # Two ranges of the index: an OR of them would be one scan over the whole queue.
+    found = (0, 0)
+    for before in (sa.and_(queued, jobs.c.priority > row["priority"]), sa.and_(queued, same, number)):
+        query = sa.select(sa.func.count(), sa.func.coalesce(sa.func.sum(jobs.c.devices), 0)).where(before)
+        count, devices = connection.execute(query).one()
+        found = (found[0] + count, found[1] + int(devices))
+    return found
 
 
 def _update(connection: Connection, row: dict[str, Any], **values: Any) -> None:

@@ -63,7 +63,8 @@ def upgrade() -> None:
     with op.batch_alter_table("jobs", schema=None) as batch_op:
         batch_op.create_index(batch_op.f("ix_jobs_training_file"), ["training_file"], unique=False)
         batch_op.create_index(batch_op.f("ix_jobs_validation_file"), ["validation_file"], unique=False)
-        batch_op.create_index("jobs_queue", ["status", "priority", "number"], unique=False)
+        batch_op.create_index("jobs_queue", ["status", "priority", "number", "devices"], unique=False)
+        batch_op.create_index("jobs_finished", ["finished_at"], unique=False)
 
     op.create_table(
         "attempts",
@@ -122,6 +123,7 @@ def downgrade() -> None:
     op.drop_table("checkpoints")
     op.drop_table("attempts")
     with op.batch_alter_table("jobs", schema=None) as batch_op:
+        batch_op.drop_index("jobs_finished")
         batch_op.drop_index("jobs_queue")
         batch_op.drop_index(batch_op.f("ix_jobs_validation_file"))
         batch_op.drop_index(batch_op.f("ix_jobs_training_file"))
