@@ -1,4 +1,4 @@
-"""A random model of about 0.1 million parameters with a tokenizer of its own, made offline in a fraction of a second."""
+"""A random model of about 0.1 million parameters with its own tokenizer, made offline in a fraction of a second."""
 
 from pathlib import Path
 from typing import Literal
