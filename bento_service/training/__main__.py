@@ -45,8 +45,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     # TRL reports its use to the Hugging Face hub unless told not to; the operator may choose otherwise.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    # A trainer on a CPU shares its cores. OpenMP threads that spin while they wait made a forward pass two to four
-    # times slower on two busy cores; sleeping ones cost nothing that could be measured. Read when torch is loaded.
+    # A trainer on a CPU shares its cores. OpenMP threads that spin while they wait made a forward pass two to three
+    # times slower on two cores that others used as well. Read when torch is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
     stop = StopSwitch()
