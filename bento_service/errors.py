@@ -12,6 +12,7 @@
     │   └── TransitionRefused     the job's state does not allow this
     ├── Forbidden                 the caller may not do this
     ├── Overloaded                try again later
+    ├── UnreadableRun             a run directory holds something that is not ours or was damaged
     └── TrainingFailed            raised inside the trainer for a cause the user can mend
 
 Each message says what happened, to what, and what the caller can do.
@@ -98,6 +99,10 @@ class Forbidden(TrlRemoteError):
 
 class Overloaded(TrlRemoteError):
     code = "overloaded"
+
+
+class UnreadableRun(TrlRemoteError):
+    code = "run_directory_unreadable"
 
 
 class TrainingFailed(TrlRemoteError):

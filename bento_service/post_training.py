@@ -60,6 +60,11 @@ class TrlPostTrainingImpl:
         # Between a commit of bytes and their row in the store, nobody may delete these bytes as unused.
         self._files_lock = threading.Lock()
 
+    @property
+    def reads_at_once(self) -> bool:
+        """Whether ``status``, ``events`` and ``news`` are so quick here that an event loop may call them itself."""
+        return self._store.reads_at_once
+
     # ------------------------------------------------------------------ files
 
     def receive_file(self) -> IncomingFile:

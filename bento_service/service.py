@@ -55,9 +55,10 @@ def _is_worker() -> bool:
 
 http = create_app()
 
-# Requests whose first answer may take longer than BentoML's timeout, which also counts the time a body takes to
-# arrive: an upload over a slow line, and a job whose large data file is checked row by row.
-_UNTIMED = frozenset({("POST", "/v1/files"), ("POST", "/v1/fine_tuning/jobs")})
+# What goes to the HTTP app directly. BentoML's layers around its routes (tracing, access log, a timer per request)
+# would double the cost of a status request, and its timeout counts the time that a body takes to arrive: too short
+# for an upload over a slow line, and for a job whose large data file is checked row by row.
+_DIRECT = ("/v1/", "/health")
 
 
 class _GuardedService(bentoml.Service[Any]):
@@ -67,8 +68,8 @@ class _GuardedService(bentoml.Service[Any]):
         bento: ASGIApp = super().to_asgi(is_main)
 
         async def route(scope: Scope, receive: Receive, send: Send) -> None:
-            untimed = scope["type"] == "http" and (scope["method"], scope["path"]) in _UNTIMED
-            await (http if untimed else bento)(scope, receive, send)
+            direct = scope["type"] == "http" and scope["path"].startswith(_DIRECT)
+            await (http if direct else bento)(scope, receive, send)
 
         return in_front_of(route, get_settings())
 

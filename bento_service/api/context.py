@@ -1,7 +1,9 @@
 """What every route needs: the core object of this app, valid ids, page sizes, and the answers they document."""
 
+from collections.abc import Callable
 from typing import Annotated, Any
 
+from anyio import CapacityLimiter, to_thread
 from fastapi import Depends, Path, Query, Request
 
 from bento_service.api.errors import ErrorBody
@@ -31,6 +33,11 @@ async def _file_id(file_id: Annotated[str, Path(description="As `POST /v1/files`
 
 async def _job_id(job_id: Annotated[str, Path(description="As `POST /v1/fine_tuning/jobs` answered it.")]) -> str:
     return _id("fine-tuning job", job_id)
+
+
+async def read[T](impl: TrlPostTrainingImpl, call: Callable[[], T], limiter: CapacityLimiter | None = None) -> T:
+    """A short read of the store: in this thread where it is local, since the way to another costs more than it."""
+    return call() if impl.reads_at_once else await to_thread.run_sync(call, limiter=limiter)
 
 
 Impl = Annotated[TrlPostTrainingImpl, Depends(_impl)]

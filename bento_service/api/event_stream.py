@@ -9,11 +9,12 @@ from collections.abc import AsyncIterator
 from functools import partial
 
 import structlog
-from anyio import CapacityLimiter, sleep, to_thread
+from anyio import CapacityLimiter, sleep
 from sse_starlette import EventSourceResponse, ServerSentEvent
 from sse_starlette.sse import SendTimeoutError
 from starlette.types import Receive, Scope, Send
 
+from bento_service.api.context import read
 from bento_service.api.errors import answer
 from bento_service.api.wire import EventObject
 from bento_service.errors import Overloaded
@@ -70,7 +71,7 @@ async def _messages(
     streams: EventStreams, impl: TrlPostTrainingImpl, job_id: str, seq: int
 ) -> AsyncIterator[ServerSentEvent]:
     while True:
-        news = await to_thread.run_sync(partial(impl.news, job_id, after_seq=seq), limiter=streams.readers)
+        news = await read(impl, partial(impl.news, job_id, after_seq=seq), streams.readers)
         for event in news.events:
             yield ServerSentEvent(EventObject.of(event).model_dump_json(), id=event.id, event=event.type)
             seq = event.seq

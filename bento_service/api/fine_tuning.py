@@ -4,10 +4,9 @@ import re
 from functools import partial
 from typing import Annotated, Any, Literal
 
-from anyio import to_thread
 from fastapi import APIRouter, Header, Query, Request
 
-from bento_service.api.context import After, Impl, JobId, Limit, error_answers
+from bento_service.api.context import After, Impl, JobId, Limit, error_answers, read
 from bento_service.api.event_stream import EventStream
 from bento_service.api.wire import (
     AttemptObject,
@@ -69,8 +68,8 @@ def list_jobs(
 
 
 @router.get("/{job_id}", summary="Describe a job", responses=error_answers(404))
-def get_job(job_id: JobId, impl: Impl) -> JobObject:
-    return JobObject.of(impl.status(job_id))
+async def get_job(job_id: JobId, impl: Impl) -> JobObject:
+    return JobObject.of(await read(impl, partial(impl.status, job_id)))
 
 
 @router.post("/{job_id}/cancel", summary="Cancel a job", responses=error_answers(404, 409))
@@ -116,9 +115,9 @@ async def list_events(
     object that the list has. After a job's last event comes `event: done` with the data `[DONE]`.
     """
     if stream:
-        seq = await to_thread.run_sync(impl.event_seq, job_id, last_event_id or after)
+        seq = await read(impl, partial(impl.event_seq, job_id, last_event_id or after))
         return EventStream(request.app.state.streams, impl, job_id, after_seq=seq)
-    page = await to_thread.run_sync(partial(impl.events, job_id, after=after, limit=limit, order=order))
+    page = await read(impl, partial(impl.events, job_id, after=after, limit=limit, order=order))
     return page_of(page, [EventObject.of(event) for event in page.data])
 
 

@@ -132,8 +132,14 @@ class AdoptedTrainer:
             _signal_group(self.pid, signal.SIGKILL)
 
 
+# Stands for the trainer of an attempt that has none on this host, or had none yet.
+NO_TRAINER = AdoptedTrainer(pid=0, created_at=0.0)
+
+
 def is_alive(pid: int, created_at: float) -> bool:
     """Whether this very process still runs (a zombie does not)."""
+    if pid <= 0:
+        return False
     try:
         process = psutil.Process(pid)
         # psutil derives the time from boot time and clock ticks: a hundredth of a second at best.

@@ -15,7 +15,7 @@ from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.exc import IntegrityError
 
 from bento_service.errors import ClientIdConflict, Conflict, NotFound, TransitionRefused
-from bento_service.jobs import schema
+from bento_service.jobs import queries, schema
 from bento_service.jobs.database import open_engine, read_connection
 from bento_service.jobs.forecast import Occupation, Workload
 from bento_service.jobs.job import (
@@ -72,6 +72,11 @@ class Store:
 
     def close(self) -> None:
         self._engine.dispose()
+
+    @property
+    def reads_at_once(self) -> bool:
+        """Whether a read takes a fraction of a millisecond and never waits: true of a file, not of a server."""
+        return self._engine.dialect.name == "sqlite"
 
     def ping(self) -> None:
         with self._read() as connection:
@@ -234,23 +239,13 @@ class Store:
             status, newest = _state(connection, job_id)
             found: list[JobEvent] = []
             if newest > after_seq:
-                query = sa.select(events).where(events.c.job_id == job_id, events.c.seq > after_seq)
-                rows = _rows(connection, query.order_by(events.c.seq).limit(limit))
-                found = [job_event_from_row(row) for row in rows]
+                rows = connection.execute(queries.EVENTS_AFTER, {"job_id": job_id, "seq": after_seq, "limit": limit})
+                found = [job_event_from_row(row) for row in rows.mappings()]
         has_more = newest > (found[-1].seq if found else after_seq)
         return News(events=found, has_more=has_more, ended=status.is_terminal and not has_more)
 
     def workload(self, recent: int = 20) -> Workload:
         """What runs now, and how long those of the ``recent`` last ended jobs that succeeded have run."""
-        running = sa.select(jobs.c.devices, jobs.c.started_at, jobs.c.progress).where(
-            jobs.c.status == JobStatus.RUNNING.value
-        )
-        last = (
-            sa.select(jobs.c.status, jobs.c.started_at, jobs.c.finished_at)
-            .where(jobs.c.finished_at.is_not(None))
-            .order_by(jobs.c.finished_at.desc())
-            .limit(recent)
-        )
         with self._read() as connection:
             return Workload(
                 running=[
@@ -259,11 +254,11 @@ class Store:
                         started_at=row.started_at,
                         estimated_finish=row.progress.get("estimated_finish"),
                     )
-                    for row in connection.execute(running)
+                    for row in connection.execute(queries.RUNNING)
                 ],
                 recent_seconds=[
                     row.finished_at - row.started_at
-                    for row in connection.execute(last)
+                    for row in connection.execute(queries.LAST_ENDED, {"limit": recent})
                     if row.status == JobStatus.SUCCEEDED.value
                 ],
             )
@@ -400,6 +395,9 @@ class Store:
                 progress = advance(progress, event)
                 if event.type == "checkpoint":
                     _save_checkpoint(connection, row["id"], event, progress)
+                if removed := event.data.get("removed"):
+                    gone = sa.and_(checkpoints.c.job_id == row["id"], checkpoints.c.path == removed)
+                    connection.execute(checkpoints.delete().where(gone))
             _update(connection, row, progress=progress, event_offset=offset)
 
     def note(self, lease: Lease, message: str, *, level: Literal["info", "warn", "error"] = "info") -> None:
@@ -498,16 +496,16 @@ def _file_row(connection: Connection, file_id: str) -> dict[str, Any]:
 
 
 def _job_row(connection: Connection, job_id: str, *, lock: bool = False) -> dict[str, Any]:
-    query = sa.select(jobs).where(jobs.c.id == job_id)
-    row = next(_rows(connection, query.with_for_update() if lock else query), None)
+    query = queries.JOB.with_for_update() if lock else queries.JOB
+    row = connection.execute(query, {"job_id": job_id}).mappings().one_or_none()
     if row is None:
         raise NotFound(f"No fine-tuning job {job_id}.")
-    return row
+    return dict(row)
 
 
 def _state(connection: Connection, job_id: str) -> tuple[JobStatus, int]:
     """Status and newest event number, without reading the rest of the job."""
-    row = connection.execute(sa.select(jobs.c.status, jobs.c.event_seq).where(jobs.c.id == job_id)).one_or_none()
+    row = connection.execute(queries.STATE, {"job_id": job_id}).one_or_none()
     if row is None:
         raise NotFound(f"No fine-tuning job {job_id}.")
     return JobStatus(row.status), row.event_seq
@@ -549,16 +547,9 @@ def _same_client(connection: Connection, job: Job) -> Job | None:
 
 
 def _ahead(connection: Connection, row: Mapping[str, Any]) -> tuple[int, int]:
-    """Jobs before this one in the queue, and the devices they ask for; both are read from the index alone."""
-    queued = jobs.c.status == JobStatus.QUEUED.value
-    same, number = jobs.c.priority == row["priority"], jobs.c.number < row["number"]
-    # Two ranges of the index: an OR of them would be one scan over the whole queue.
-    found = (0, 0)
-    for before in (sa.and_(queued, jobs.c.priority > row["priority"]), sa.and_(queued, same, number)):
-        query = sa.select(sa.func.count(), sa.func.coalesce(sa.func.sum(jobs.c.devices), 0)).where(before)
-        count, devices = connection.execute(query).one()
-        found = (found[0] + count, found[1] + int(devices))
-    return found
+    """Jobs before this one in the queue, and the devices they ask for."""
+    found = connection.execute(queries.AHEAD, {"priority": row["priority"], "number": row["number"]}).all()
+    return sum(count for count, _ in found), sum(int(devices) for _, devices in found)
 
 
 def _update(connection: Connection, row: dict[str, Any], **values: Any) -> None:

@@ -8,11 +8,12 @@ from dataclasses import dataclass, field
 import structlog
 from sqlalchemy.exc import SQLAlchemyError
 
+from bento_service.errors import UnreadableRun
 from bento_service.jobs import trainer_log
 from bento_service.jobs.devices import Devices, visible_devices
 from bento_service.jobs.disk import disk_need
-from bento_service.jobs.job import Attempt, Job, JobStatus, Lease
-from bento_service.jobs.launcher import AdoptedTrainer, Exit, LaunchedTrainer, Trainer, is_alive
+from bento_service.jobs.job import Attempt, Job, JobError, JobStatus, Lease
+from bento_service.jobs.launcher import NO_TRAINER, AdoptedTrainer, Exit, LaunchedTrainer, Trainer
 from bento_service.jobs.store import LeaseLost, Store
 from bento_service.jobs.verdict import StopReason, judge
 from bento_service.settings import Settings
@@ -63,13 +64,14 @@ class Supervisor:
             )
             if lease is None:
                 continue
-            pid, created_at = attempt.pid or -1, attempt.pid_created_at or 0.0
-            alive = attempt.pid is not None and is_alive(pid, created_at)
-            self._hold(job, lease, AdoptedTrainer(pid, created_at), attempt)
-            log.info("job taken over", job=job.id, trainer_alive=alive)
-            if alive:
+            trainer = NO_TRAINER
+            if attempt.pid is not None and attempt.pid_created_at is not None:
+                trainer = AdoptedTrainer(attempt.pid, attempt.pid_created_at)
+            self._hold(job, lease, trainer, attempt)
+            log.info("job taken over", job=job.id, trainer=trainer.pid, alive=trainer.poll() is None)
+            if trainer.poll() is None:
                 trainer_lease.renew(self._directory(job).lease_file, time.time())
-                self.store.note(lease, f"Supervisor restarted: trainer {pid} is still running and was adopted")
+                self.store.note(lease, f"Supervisor restarted: trainer {trainer.pid} is still running and was adopted")
 
     def step(self) -> None:
         """One round over all that is running and all that waits.
@@ -83,6 +85,8 @@ class Supervisor:
                 log.warning("lease lost, trainer ended", job=run.job.id, reason=str(lost))
                 run.trainer.kill()
                 del self.runs[run.job.id]
+            except UnreadableRun as error:
+                self._give_up(run, error)
             except (OSError, SQLAlchemyError) as error:
                 log.error("will try again", job=run.job.id, error=str(error))
         try:
@@ -198,6 +202,14 @@ class Supervisor:
         del self.runs[run.job.id]
         log.info("attempt ended", job=run.job.id, attempt=run.job.attempt, to=verdict.to.value, reason=verdict.message)
 
+    def _give_up(self, run: Run, error: UnreadableRun) -> None:
+        """What the run directory says cannot be read, so nothing that it may still hold can be relied on."""
+        run.trainer.kill()
+        failed = JobError(code=error.code, message=error.message)
+        self.store.finish(run.lease, JobStatus.FAILED, error.message, error=failed)
+        del self.runs[run.job.id]
+        log.error("run given up", job=run.job.id, reason=error.message)
+
     # --------------------------------------------------------------- claiming
 
     def _claim_next(self) -> bool:
@@ -277,33 +289,8 @@ class Supervisor:
             if lease is None:
                 continue
             log.warning("stale lease taken over", job=job.id, host=attempt.host)
-            verdict = judge(
-                attempt=job.attempt,
-                failures=self.store.failures(job.id),
-                exit=Exit(),
-                stop=job.wanted,
-                outcome=self._directory(job).read_outcome(job.attempt),
-                log_tail=[f"The supervisor on {attempt.host} was lost; its lease has run out"],
-                max_attempts=self.settings.max_attempts,
-                backoff_seconds=self.settings.retry_backoff_seconds,
-            )
-            self._carry_rest(job, lease)
-            self.store.finish(
-                lease,
-                verdict.to,
-                f"The supervisor on {attempt.host} was lost. {verdict.message}",
-                error=verdict.error,
-                retry_after=verdict.retry_after,
-                infrastructure=verdict.infrastructure,
-            )
-
-    def _carry_rest(self, job: Job, lease: Lease) -> None:
-        offset = self.store.event_offset(lease)
-        while True:
-            events, offset = read_events(self._directory(job).events_file, offset)
-            if not events:
-                return
-            self.store.record(lease, events, offset=offset)
+            self.store.note(lease, f"The supervisor on {attempt.host} was lost; its lease has run out", level="warn")
+            self._hold(job, lease, NO_TRAINER, attempt)
 
     def _hold(self, job: Job, lease: Lease, trainer: Trainer, attempt: Attempt) -> None:
         now = time.monotonic()

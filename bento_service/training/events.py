@@ -4,12 +4,12 @@ A line is one JSON object: ``{"seq": 7, "time": 1767.25, "type": "metrics", "lev
 "data": {...}}``. ``seq`` counts from 1 over all attempts of the job; NaN and infinity are written as null.
 
 Types and their data:
-    progress    step, total_steps, epoch, tokens: once when training starts, then with each metrics event
+    progress    step, total_steps, epoch, tokens: when training starts, and after an evaluation before it
     metrics     step, total_steps, epoch, tokens and TRL's values under TRL's names (loss, learning_rate, grad_norm,
                 rewards/margins, rewards/accuracies, ...)
     evaluation  step, epoch and TRL's values with their eval_ prefix
     checkpoint  step, epoch, path, bytes, final
-    message     nothing, or what the message is about
+    message     nothing, or what the message is about; removed: path of a checkpoint that was deleted
 """
 
 import json
@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
+
+from bento_service.errors import UnreadableRun
 
 EventType = Literal["progress", "metrics", "evaluation", "checkpoint", "message", "state"]
 EventLevel = Literal["info", "warn", "error"]
@@ -90,7 +92,10 @@ def _repair(path: Path) -> int:
 
 
 def read_events(path: Path, offset: int = 0) -> tuple[list[TrainerEvent], int]:
-    """Events in whole lines from a byte offset on, and the offset after the last whole line."""
+    """Events in whole lines from a byte offset on, and the offset after the last whole line.
+
+    Raises UnreadableRun when a line is no event.
+    """
     if not path.exists():
         return [], offset
     with path.open("rb") as file:
@@ -99,5 +104,8 @@ def read_events(path: Path, offset: int = 0) -> tuple[list[TrainerEvent], int]:
         while content and b"\n" not in content and (more := file.read(1 << 20)):
             content += more
     end = content.rfind(b"\n") + 1
-    events = [TrainerEvent.model_validate_json(line) for line in content[:end].splitlines()]
+    try:
+        events = [TrainerEvent.model_validate_json(line) for line in content[:end].split(b"\n")[:-1]]
+    except ValueError as error:
+        raise UnreadableRun(f"{path} cannot be read after byte {offset}: {error}") from error
     return events, offset + end

@@ -1,13 +1,13 @@
 """One job's folder: specification in, events, log, checkpoints and outcome out.
 
-    TRL_HOME/runs/<job id>/
-      spec.json          TrainingSpec, written before the job can be claimed
-      events.jsonl       appended by the trainer, one JSON object a line (see ``events``)
-      lease              touched by the supervisor (see ``lease``)
-      trainer.log        stdout and stderr of all attempts
-      checkpoints/checkpoint-<step>/   complete only when it holds ``COMPLETE_MARKER``
-      cache/             tokenized data of the attempt under way; not there afterwards
-      outcome.json       how the last attempt ended, written by the trainer as its last act
+TRL_HOME/runs/<job id>/
+  spec.json          TrainingSpec, written before the job can be claimed
+  events.jsonl       appended by the trainer, one JSON object a line (see ``events``)
+  lease              touched by the supervisor (see ``lease``)
+  trainer.log        stdout and stderr of all attempts
+  checkpoints/checkpoint-<step>/   complete only when it holds ``COMPLETE_MARKER``
+  cache/             tokenized data of the attempt under way; not there afterwards
+  outcome.json       how the last attempt ended, written by the trainer as its last act
 """
 
 import json
@@ -18,6 +18,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from bento_service.errors import UnreadableRun
 from bento_service.training.spec import TrainingSpec
 
 COMPLETE_MARKER = "complete.json"
@@ -81,10 +82,16 @@ class RunDirectory:
         write_durably(self.outcome_file, outcome.model_dump_json(indent=2))
 
     def read_outcome(self, attempt: int) -> Outcome | None:
-        """The outcome that this attempt wrote; None when it wrote none (an earlier attempt's does not count)."""
+        """The outcome that this attempt wrote; None when it wrote none (an earlier attempt's does not count).
+
+        Raises UnreadableRun.
+        """
         if not self.outcome_file.exists():
             return None
-        outcome = Outcome.model_validate_json(self.outcome_file.read_bytes())
+        try:
+            outcome = Outcome.model_validate_json(self.outcome_file.read_bytes())
+        except ValueError as error:
+            raise UnreadableRun(f"{self.outcome_file} cannot be read: {error}") from error
         return outcome if outcome.attempt == attempt else None
 
     def log_tail(self, lines: int = 20) -> list[str]:

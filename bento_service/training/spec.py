@@ -117,7 +117,10 @@ class EvaluationOptions(Options):
     steps: int = Field(default=100, ge=1, description="Optimizer steps between evaluations (strategy steps).")
     before_training: bool = Field(default=True, description="Also evaluate before the first step.")
     split: float = Field(
-        default=0.0, ge=0, lt=1, description="Fraction of the training pairs held out when no validation file is given."
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="Fraction of the training pairs held out when no validation file is given.",
     )
     batch_size: int | None = Field(default=None, ge=1, description="Pairs per forward pass. Default: batch_size.")
     max_steps: int | None = Field(default=None, ge=1, description="Most batches scored in one evaluation.")

@@ -203,6 +203,8 @@ def test_events_are_carried_once_with_progress_and_checkpoints(store):
     (checkpoint,) = store.list_checkpoints(job.id).data
     assert (checkpoint.step, checkpoint.path, checkpoint.metrics) == (2, "/c/2", progress.metrics)
     assert messages(store, job.id)[-3:] == ["event 1", "event 2", "event 3"]
+    store.record(lease, [event(4, "message", removed="/c/2")], offset=400)
+    assert store.list_checkpoints(job.id).data == []
 
 
 def test_events_page_both_ways_without_gaps(store):
