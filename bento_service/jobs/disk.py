@@ -79,16 +79,16 @@ def _tensor_shapes(folder: Path) -> dict[str, list[int]]:
     """
     shapes: dict[str, list[int]] = {}
     for file in sorted(folder.glob("*.safetensors")):
-        with file.open("rb") as weights:
-            start = weights.read(8)
-            length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-            if not 0 < length <= _MAX_HEADER_BYTES:
-                raise InvalidRequest(
-                    f"{file} is not a safetensors file: was the model downloaded completely (git lfs pull)?",
-                    param="model",
-                )
-            header = json.loads(weights.read(length))
-        shapes |= {name: tensor["shape"] for name, tensor in header.items() if name != "__metadata__"}
+        try:
+            with file.open("rb") as weights:
+                (length,) = struct.unpack("<Q", weights.read(8))
+                header = json.loads(weights.read(min(length, _MAX_HEADER_BYTES)))
+            shapes |= {name: tensor["shape"] for name, tensor in header.items() if name != "__metadata__"}
+        except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InvalidRequest(
+                f"{file} is not a safetensors file ({error}): was the model downloaded completely (git lfs pull)?",
+                param="model",
+            ) from error
     return shapes
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import structlog
 from sqlalchemy.exc import SQLAlchemyError
 
-from bento_service.errors import UnreadableRun
+from bento_service.errors import InvalidRequest, UnreadableRun
 from bento_service.jobs import trainer_log
 from bento_service.jobs.devices import Devices, visible_devices
 from bento_service.jobs.disk import disk_need
@@ -93,6 +93,9 @@ class Supervisor:
             self._reclaim_stale()
             while not self.draining and self._claim_next():
                 pass
+        except LeaseLost as lost:
+            # Claimed and lost before the trainer ran: the job is stale and will be taken over as such.
+            log.warning("lease lost", reason=str(lost))
         except SQLAlchemyError as error:
             log.error("the database does not answer", error=str(error))
 
@@ -223,7 +226,12 @@ class Supervisor:
         if job is None:
             return False
         lease = Lease(job_id=job.id, token=job.lease_token)
-        disk = disk_need(job.spec, self.settings.runs_path)
+        try:
+            disk = disk_need(job.spec, self.settings.runs_path)
+        except InvalidRequest as error:
+            failed = JobError(code=error.code, message=error.message, param=error.param)
+            self.store.finish(lease, JobStatus.FAILED, error.message, error=failed)
+            return True
         if not disk.fits:
             self.store.finish(lease, JobStatus.PAUSED, f"Paused: the job {disk.describe()}. Free some, then resume.")
             return True

@@ -5,6 +5,7 @@ import struct
 
 import pytest
 
+from bento_service.errors import InvalidRequest
 from bento_service.jobs.disk import disk_need, trained_parameters
 from tests.job_factory import make_job
 
@@ -42,6 +43,13 @@ def test_checkpoints_kept_and_optimizer_count(model, tmp_path):
     sgd = disk_need(spec(model, tuning="full", saving={"total_limit": 2}, optimizer={"name": "sgd"}), tmp_path)
     assert adamw == 936 * 12 * 3
     assert sgd.needed - rest == 936 * 4 * 3
+
+
+@pytest.mark.parametrize("content", [b"", b"abc", struct.pack("<Q", 3) + b"{}x", struct.pack("<Q", 2) + b"[]"])
+def test_weights_that_are_none_are_named(tmp_path, content):
+    (tmp_path / "model.safetensors").write_bytes(content)
+    with pytest.raises(InvalidRequest, match="model.safetensors"):
+        disk_need(spec(str(tmp_path)), tmp_path)
 
 
 def test_free_space_is_that_of_the_runs_disk_before_it_exists(model, tmp_path):
