@@ -27,7 +27,7 @@ def create_app(impl: TrlPostTrainingImpl | None = None) -> FastAPI:
     app = FastAPI(title="TRL Remote Training Service", version=__version__, description=DESCRIPTION)
     app.state.impl = impl
     app.state.streams = EventStreams()
-    for router in (health.router, files.router, fine_tuning.router):
+    for router in (fine_tuning.router, files.router, health.router):
         app.include_router(router)
     methods = ["GET", "POST", "PUT", "PATCH", "DELETE"]
     app.router.routes.append(Route("/v1/{path:path}", _no_route, methods=methods, include_in_schema=False))

@@ -47,7 +47,7 @@ class EventStream(EventSourceResponse):
         self._limit = impl.settings.max_streams
         self._job_id = job_id
         super().__init__(
-            _messages(streams, impl, job_id, after_seq), ping=HEARTBEAT_SECONDS, send_timeout=SEND_SECONDS, sep="\n"
+            _messages(streams, impl, job_id, after_seq), ping=HEARTBEAT_SECONDS, send_timeout=SEND_SECONDS
         )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

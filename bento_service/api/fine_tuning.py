@@ -4,7 +4,7 @@ import re
 from functools import partial
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Header, Query, Request
+from fastapi import APIRouter, Header, Query, Request, Response
 
 from bento_service.api.context import After, Impl, JobId, Limit, error_answers, read
 from bento_service.api.event_stream import EventStream
@@ -67,9 +67,11 @@ def list_jobs(
     return page_of(page, [JobObject.of(job) for job in page.data])
 
 
-@router.get("/{job_id}", summary="Describe a job", responses=error_answers(404))
-async def get_job(job_id: JobId, impl: Impl) -> JobObject:
-    return JobObject.of(await read(impl, partial(impl.status, job_id)))
+@router.get("/{job_id}", summary="Describe a job", response_model=JobObject, responses=error_answers(404))
+async def get_job(job_id: JobId, impl: Impl) -> Response:
+    # Asked by far the most often, so serialized here: FastAPI would first validate the object once more.
+    job = JobObject.of(await read(impl, partial(impl.status, job_id)))
+    return Response(job.model_dump_json(), media_type="application/json")
 
 
 @router.post("/{job_id}/cancel", summary="Cancel a job", responses=error_answers(404, 409))

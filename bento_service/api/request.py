@@ -5,6 +5,7 @@ import secrets
 
 import structlog
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from bento_service.api.errors import error_response
@@ -53,13 +54,9 @@ class BodyLimit:
             return
         upload = scope["method"] == "POST" and scope["path"].rstrip("/") == UPLOAD_PATH
         limit = self._max_upload if upload else MAX_JSON_BYTES
-        setting = " (TRL_MAX_FILE_BYTES on the service)" if upload else ""
-        too_large = error_response(
-            413, f"The body is larger than the {limit} bytes accepted here{setting}: send less.", code="too_large"
-        )
         declared = Headers(scope=scope).get("content-length", "")
         if declared.isdecimal() and int(declared) > limit:
-            await too_large(scope, receive, send)
+            await _too_large(limit, upload)(scope, receive, send)
             return
 
         received = 0
@@ -86,4 +83,11 @@ class BodyLimit:
             if received <= limit or started:
                 raise
         if received > limit and not started:
-            await too_large(scope, receive, send)
+            await _too_large(limit, upload)(scope, receive, send)
+
+
+def _too_large(limit: int, upload: bool) -> Response:
+    setting = " (TRL_MAX_FILE_BYTES on the service)" if upload else ""
+    return error_response(
+        413, f"The body is larger than the {limit} bytes accepted here{setting}: send less.", code="too_large"
+    )

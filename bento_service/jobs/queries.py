@@ -1,5 +1,7 @@
 """The statements that are executed often, built once: for SQLAlchemy, building one costs more than SQLite's answer."""
 
+from typing import Any
+
 import sqlalchemy as sa
 
 from bento_service.jobs.job import JobStatus
@@ -30,7 +32,7 @@ LAST_ENDED = (
 )
 
 
-def _queued(*before: sa.ColumnElement[bool]) -> sa.Select[tuple[int, int]]:
+def _queued(*before: sa.ColumnElement[bool]) -> sa.Select[Any]:
     sums = sa.func.count(), sa.func.coalesce(sa.func.sum(jobs.c.devices), 0)
     return sa.select(*sums).where(jobs.c.status == JobStatus.QUEUED.value, *before)
 

@@ -240,7 +240,7 @@ class Store:
             found: list[JobEvent] = []
             if newest > after_seq:
                 rows = connection.execute(queries.EVENTS_AFTER, {"job_id": job_id, "seq": after_seq, "limit": limit})
-                found = [job_event_from_row(row) for row in rows.mappings()]
+                found = [job_event_from_row(dict(row)) for row in rows.mappings()]
         has_more = newest > (found[-1].seq if found else after_seq)
         return News(events=found, has_more=has_more, ended=status.is_terminal and not has_more)
 
@@ -549,7 +549,7 @@ def _same_client(connection: Connection, job: Job) -> Job | None:
 def _ahead(connection: Connection, row: Mapping[str, Any]) -> tuple[int, int]:
     """Jobs before this one in the queue, and the devices they ask for."""
     found = connection.execute(queries.AHEAD, {"priority": row["priority"], "number": row["number"]}).all()
-    return sum(count for count, _ in found), sum(int(devices) for _, devices in found)
+    return sum(row[0] for row in found), sum(int(row[1]) for row in found)
 
 
 def _update(connection: Connection, row: dict[str, Any], **values: Any) -> None:

@@ -1,8 +1,12 @@
 """The core object: what it accepts, what it refuses at once, and what it makes of a request."""
 
 import io
+from dataclasses import replace
+from types import SimpleNamespace
 
+import numpy
 import pytest
+from safetensors.numpy import save_file
 
 from bento_service.errors import (
     ClientIdConflict,
@@ -189,4 +193,30 @@ def test_a_job_is_there_after_a_restart(tmp_path):
     with core(tmp_path) as impl:
         job = impl.submit(request(upload(impl).id))
     with core(tmp_path) as restarted:
-        assert restarted.status(job.id) == job
+        # The estimate moves with the clock.
+        assert replace(restarted.status(job.id), estimated_start=None) == replace(job, estimated_start=None)
+
+
+def test_a_job_whose_checkpoints_do_not_fit_on_the_disk_is_refused_with_both_numbers(impl, file_id, monkeypatch):
+    save_file({"model.layers.0.q_proj.weight": numpy.zeros((1000, 1000), numpy.float32)}, _weights(impl))
+    free = 100 * 10**6
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=free))
+    assert impl.submit(request(file_id)).status is JobStatus.QUEUED
+    # 1e6 parameters of 12 bytes, three checkpoints and one being written, and 64 MiB of the rest.
+    with pytest.raises(ResourcesExceeded, match=r"0\.12 GB.*0\.10 GB are free.*now 3") as caught:
+        impl.submit(request(file_id, options={"tuning": "full"}))
+    assert caught.value.param == "trl.saving.total_limit"
+    assert len(impl.list_jobs().data) == 1
+    assert impl.submit(request(file_id, options={"tuning": "full", "saving": {"total_limit": 1}})).id
+
+
+def test_weights_that_were_not_downloaded_are_refused(impl, file_id):
+    _weights(impl).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(InvalidRequest, match="git lfs pull") as caught:
+        impl.submit(request(file_id))
+    assert caught.value.param == "model"
+    assert impl.list_jobs().data == []
+
+
+def _weights(impl):
+    return impl.settings.models_path / MODEL / "model.safetensors"
