@@ -50,6 +50,11 @@ def main() -> int:
         except DemoFailed as failure:
             console.print(f"[bold red]The demo failed.[/] {failure}", highlight=False)
             return 1
+        except httpx.TransportError as error:
+            console.print(f"[bold red]The demo failed.[/] A server went away ({error}). The logs' last lines:")
+            for log in sorted(STATE.glob("*.log")):
+                console.print(f"{shown(log)}:\n{tail(log)}", highlight=False)
+            return 1
         except KeyboardInterrupt:
             console.print("Interrupted; stopping what was started.")
             return 130
@@ -111,7 +116,7 @@ def train(stack: str) -> tuple[dict[str, float], dict[str, float], str]:
             "finetuned_model": MODEL,
             "algorithm_config": {"beta": 0.1, "loss_type": "sigmoid"},
             "training_config": {
-                "n_epochs": 2,
+                "n_epochs": 1,
                 "data_config": {
                     "dataset_id": f"preferences-{job}",
                     "validation_dataset_id": f"preferences_heldout-{job}",
@@ -123,10 +128,10 @@ def train(stack: str) -> tuple[dict[str, float], dict[str, float], str]:
                     "optimizer_type": "adamw",
                     "lr": 2e-4,
                     "weight_decay": 0.01,
-                    "num_warmup_steps": 3,
+                    "num_warmup_steps": 1,
                 },
             },
-            "hyperparam_search_config": {"max_length": 512, "evaluation": {"strategy": "end"}},
+            "hyperparam_search_config": {"max_length": 256, "evaluation": {"strategy": "end"}},
             "logger_config": {},
         }
         checked(client.post("/v1alpha/post-training/preference-optimize", json=submit))
@@ -150,7 +155,9 @@ def watch(client: httpx.Client, job: str) -> dict[str, Any]:
         TextColumn("ETA {task.fields[eta]}"),
     )
     deadline = time.monotonic() + JOB_SECONDS
-    printed = -1
+    printed = 0
+    if not console.is_terminal:
+        console.print("The trainer starts: libraries, model, evaluation before training")
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task("DPO", total=1, loss="-", margin="-", accuracy="-", eta="starting")
         while time.monotonic() < deadline:
@@ -253,8 +260,7 @@ def wait_until_up(name: str, url: str, log: Path) -> None:
     with httpx.Client(timeout=5, trust_env=False) as client:
         while time.monotonic() < deadline:
             if process.poll() is not None:
-                tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
-                raise DemoFailed(f"{name} ended at its start; the last lines of {shown(log)}:\n{tail}")
+                raise DemoFailed(f"{name} ended at its start; the last lines of {shown(log)}:\n{tail(log)}")
             try:
                 if client.get(url).is_success:
                     return
@@ -289,6 +295,10 @@ def remaining(finish: int | None) -> str:
         return "-"
     seconds = max(0, finish - round(time.time()))
     return f"{seconds // 60}:{seconds % 60:02d}"
+
+
+def tail(log: Path) -> str:
+    return "\n".join(log.read_text(errors="replace").splitlines()[-15:])
 
 
 def shown(path: Path) -> str:
