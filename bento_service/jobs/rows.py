@@ -18,6 +18,10 @@ from bento_service.training.spec import TrainingSpec
 
 Row = Mapping[str, Any]
 
+# Requests and specs never change once stored, and checking them anew is a good part of a status request.
+_DEFINITIONS = 1024
+_definitions: dict[tuple[str, str], tuple[JobRequest, TrainingSpec]] = {}
+
 
 def job_values(job: Job) -> dict[str, Any]:
     """The columns of a new job."""
@@ -39,12 +43,13 @@ def job_values(job: Job) -> dict[str, Any]:
     }
 
 
-def job_from_row(row: Row, queue_position: int | None = None) -> Job:
+def job_from_row(row: Row) -> Job:
+    request, spec = _definition(row)
     return Job(
         id=row["id"],
         client_id=row["client_id"],
-        request=JobRequest.from_json(row["request"]),
-        spec=TrainingSpec.model_validate(row["spec"]),
+        request=request,
+        spec=spec,
         status=JobStatus(row["status"]),
         priority=row["priority"],
         devices=row["devices"],
@@ -58,8 +63,18 @@ def job_from_row(row: Row, queue_position: int | None = None) -> Job:
         attempt=row["attempt"],
         lease_token=row["lease_token"],
         fine_tuned_model=row["fine_tuned_model"],
-        queue_position=queue_position,
     )
+
+
+def _definition(row: Row) -> tuple[JobRequest, TrainingSpec]:
+    key = (row["id"], row["digest"])
+    found = _definitions.get(key)
+    if found is None:
+        found = JobRequest.from_json(row["request"]), TrainingSpec.model_validate(row["spec"])
+        if len(_definitions) >= _DEFINITIONS:
+            _definitions.clear()
+        _definitions[key] = found
+    return found
 
 
 def progress_from_json(value: Row) -> Progress:
