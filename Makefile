@@ -42,8 +42,8 @@ check: setup
 	$(BIN)/ruff check
 	$(BIN)/mypy
 
-bench: model
-	$(BIN)/python benchmarks/dpo_speed.py
+bench: setup
+	$(BIN)/python benchmarks/engine.py
 
 # Resolve anew. Everything is in dev.txt; service.txt is the part of it that the Bento needs.
 lock: setup

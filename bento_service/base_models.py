@@ -5,7 +5,7 @@ from pathlib import Path
 
 from bento_service.errors import UnknownModel
 from bento_service.settings import Settings
-from bento_service.training.models import find_model
+from bento_service.training.models import find_model, local_models
 
 HUB_TIMEOUT_SECONDS = 5.0
 
@@ -38,8 +38,7 @@ class BaseModels:
 
     def local_names(self) -> list[str]:
         """Names of the models in the models folder: ``<org>/<name>`` and ``<name>``, sorted."""
-        configurations = [*self._path.glob("*/config.json"), *self._path.glob("*/*/config.json")]
-        return sorted(path.parent.relative_to(self._path).as_posix() for path in configurations)
+        return local_models(self._path)
 
     def _require_on_hub(self, name: str) -> None:
         import httpx2  # the transport of huggingface_hub, whose errors it lets through

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Literal
 
-from bento_service.training.spec import TrainingSpec, TrlOptions
+from bento_service.training.spec import MethodName, TrainingSpec, TrlOptions
 
 
 class JobStatus(StrEnum):
@@ -49,7 +49,7 @@ class JobRequest:
     suffix: str | None = None
     seed: int | None = None
     metadata: dict[str, str] = field(default_factory=dict)
-    method: Literal["dpo"] = "dpo"
+    method: MethodName = "dpo"
     beta: float | None = None
     batch_size: int | None = None
     learning_rate_multiplier: float | None = None

@@ -45,7 +45,7 @@ def judge(
     if outcome is not None and outcome.status == "failed":
         reason = outcome.message or "the trainer gave no reason"
         if outcome.code == "disk_full":
-            return Verdict(JobStatus.PAUSED, f"{reason} The last checkpoint is kept: free some space, then resume.")
+            return Verdict(JobStatus.PAUSED, f"Paused: {reason}. The last checkpoint is kept.")
         if not outcome.retryable:
             error = JobError(code=outcome.code or "training_failed", message=reason, param=outcome.param)
             return Verdict(JobStatus.FAILED, f"Training failed: {reason}", error)

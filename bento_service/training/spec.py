@@ -33,6 +33,10 @@ FULL_LEARNING_RATE = 1e-6
 LORA_LEARNING_RATE = 1e-5
 
 
+# The methods of training there are; each has a recipe in ``training.__main__.RECIPES``.
+MethodName = Literal["dpo"]
+
+
 class Options(BaseModel):
     """Base of all option groups: unknown keys are refused, values are frozen, no infinities."""
 
@@ -186,7 +190,7 @@ class TrainingSpec(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     job_id: str
-    method: Literal["dpo"]
+    method: MethodName
     model: str = Field(description="The base model as the user named it.")
     model_path: str | None = Field(description="Local folder of the base model; None: load it from the hub by name.")
     training_file: str = Field(description="Path of the training data.")

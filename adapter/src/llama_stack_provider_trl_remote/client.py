@@ -229,9 +229,17 @@ def _reason(response: httpx.Response) -> str:
     try:
         error = response.json()["error"]
         message, param = str(error["message"]), error.get("param")
+        # The message names the first bad rows of a dataset; Llama Stack's answer has no other place for the rest.
+        rows = "".join(f"\n- {_row(problem)}" for problem in error.get("problems") or ())
     except (ValueError, KeyError, TypeError, AttributeError):
         return response.text[:500].strip() or response.reason_phrase
-    return f"{message} (param: {param})" if param and str(param) not in message else message
+    return (f"{message} (param: {param})" if param and str(param) not in message else message) + rows
+
+
+def _row(problem: dict[str, Any]) -> str:
+    field = f", {problem['field']}" if problem.get("field") else ""
+    value = f": {problem['value']}" if problem.get("value") else ""
+    return f"row {problem['row']}{field} {problem['reason']}{value}"
 
 
 def _segment(value: str) -> str:

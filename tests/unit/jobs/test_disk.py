@@ -48,7 +48,7 @@ def test_checkpoints_kept_and_optimizer_count(model, tmp_path):
 @pytest.mark.parametrize("content", [b"", b"abc", struct.pack("<Q", 3) + b"{}x", struct.pack("<Q", 2) + b"[]"])
 def test_weights_that_are_none_are_named(tmp_path, content):
     (tmp_path / "model.safetensors").write_bytes(content)
-    with pytest.raises(InvalidRequest, match="model.safetensors"):
+    with pytest.raises(InvalidRequest, match=r"model\.safetensors"):
         disk_need(spec(str(tmp_path)), tmp_path)
 
 
