@@ -1,10 +1,18 @@
 """Stands in for the trainer in tests of the engine: same files, same signals, no training.
 
-Does what ``script.json`` in the run directory says: ``steps`` (how many metrics events), ``step_seconds``,
-``ends`` (succeeded, failed, retryable, hang), ``crashes`` (attempts that die by SIGKILL before they end),
-``ignore_sigterm``, ``hold`` (where the first attempt waits for the file ``release``: start, a step's number, or
-outcome, after that is written; the file ``held`` says that it is there). Two of them on one run directory leave the
-file ``second-trainer``. It resumes from the last step that its own events file holds.
+Does what ``script.json`` in the run directory says:
+
+    steps               how many metrics events
+    step_seconds        how long a step takes
+    ends                succeeded, failed, retryable, or hang until SIGTERM
+    crashes             attempts that die by SIGKILL before they end
+    ignore_sigterm      true or false
+    megabytes_of_noise  written to standard output before the first step
+    hold                where the first attempt waits for the file ``release``: start, a step's number, or outcome
+                        (after that is written); the file ``held`` says that it is there
+
+It resumes from the last step that its own events file holds. Two of them on one run directory leave the file
+``second-trainer``.
 """
 
 import argparse
@@ -36,7 +44,15 @@ except BlockingIOError:
     (run.path / "second-trainer").touch()
 run.read_spec()
 LeaseWatch(run.lease_file, period=0.05).start()
-script = {"hold": None, "steps": 3, "step_seconds": 0.0, "ends": "succeeded", "crashes": 0, "ignore_sigterm": False}
+script = {
+    "hold": None,
+    "megabytes_of_noise": 0,
+    "steps": 3,
+    "step_seconds": 0.0,
+    "ends": "succeeded",
+    "crashes": 0,
+    "ignore_sigterm": False,
+}
 if (run.path / "script.json").exists():
     script |= json.loads((run.path / "script.json").read_text())
 stop = False
@@ -63,6 +79,10 @@ done = [e.data["step"] for e in read_events(run.events_file)[0] if e.type == "me
 step = max(done, default=0)
 events = EventWriter(run.events_file)
 print(f"attempt {arguments.attempt} from step {step}")
+print(f"CUDA_VISIBLE_DEVICES={os.environ['CUDA_VISIBLE_DEVICES']}")
+print(f"environment: {sorted(os.environ)}")
+for _ in range(script["megabytes_of_noise"]):
+    print("noise! " * (2**20 // 7))
 events.write("progress", "Training starts", step=step, total_steps=script["steps"], epoch=0.0, tokens=0)
 while step < script["steps"] and not stop:
     step += 1

@@ -273,6 +273,46 @@ def test_a_stale_job_of_a_lost_host_is_taken_over(settings, store):
     assert steps(store, job.id) == [1, 2, 3]
 
 
+def test_each_running_job_has_devices_of_its_own(settings, store):
+    supervisor = Supervisor(settings, store, devices=Devices("cuda", ("0", "1", "GPU-2")))
+    two, one, waits = submit(store, options={"devices": 2}), submit(store), submit(store)
+    for job in (two, one, waits):
+        script(settings, job, ends="hang")
+    drive(supervisor, lambda: all(store.get_job(job.id).progress.step == 3 for job in (two, one)))
+    assert store.get_job(waits.id).status is JobStatus.QUEUED
+    logs = {job.id: "\n".join(supervisor.runs[job.id].directory.log_tail()) for job in (two, one)}
+    assert "CUDA_VISIBLE_DEVICES=0,1\n" in logs[two.id]
+    assert "CUDA_VISIBLE_DEVICES=GPU-2\n" in logs[one.id]
+    store.request_stop(one.id, "cancel")
+    drive(supervisor, lambda: store.get_job(waits.id).progress.step == 3)
+    assert supervisor.runs[waits.id].devices == ("GPU-2",)
+    for job in (two, waits):
+        store.request_stop(job.id, "cancel")
+        drive_to_end(supervisor, job.id)
+
+
+def test_a_flood_of_output_neither_blocks_the_trainer_nor_fills_the_disk(settings, store):
+    supervisor = Supervisor(settings.model_copy(update={"max_log_bytes": 5 * 2**20}), store)
+    job = submit(store)
+    script(settings, job, megabytes_of_noise=100)
+    drive_to_step(supervisor, job.id)
+    folder = settings.runs_path / job.id
+    assert drive_to_end(supervisor, job.id).status is JobStatus.SUCCEEDED
+    assert (folder / "trainer.log.1").stat().st_size == 5 * 2**20
+    assert (folder / "trainer.log").stat().st_size <= 5 * 2**20
+
+
+def test_a_trainers_environment_holds_no_secrets(supervisor, store, monkeypatch):
+    secrets = {"TRL_API_KEYS": "k", "TRL_DATABASE_URL": "postgresql://u:p@h/d", "AWS_SECRET_ACCESS_KEY": "s"}
+    for name, value in secrets.items():
+        monkeypatch.setenv(name, value)
+    job = submit(store)
+    drive_to_end(supervisor, job.id)
+    log = (supervisor.settings.runs_path / job.id / "trainer.log").read_text()
+    assert "'PATH'" in log
+    assert [name for name in secrets if name in log] == []
+
+
 def test_a_trainer_without_go_ends(settings, tmp_path):
     """A supervisor killed between starting and recording a trainer leaves none."""
     trainer = subprocess.Popen(
