@@ -11,6 +11,9 @@ HEAD_REVISION = "0001"
 
 MIGRATIONS = Path(__file__).parent / "migrations"
 
+# A client that sleeps inside a transaction loses it, so that its locks do not outlive its lease. In milliseconds.
+_POSTGRESQL_OPTIONS = "-c idle_in_transaction_session_timeout=10000"
+
 # Any constant will do: it names the lock under which PostgreSQL runs migrations one at a time.
 _MIGRATION_LOCK = 0x7472_6C72
 
@@ -29,7 +32,12 @@ def open_engine(url: str) -> Engine:
     if sqlite and parsed.database:
         Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
     # pydantic's reader of JSON is the quicker one, and every row has several columns of it.
-    engine = sa.create_engine(parsed, pool_pre_ping=not sqlite, json_deserializer=from_json)
+    engine = sa.create_engine(
+        parsed,
+        pool_pre_ping=not sqlite,
+        json_deserializer=from_json,
+        connect_args={} if sqlite else {"options": _POSTGRESQL_OPTIONS},
+    )
     if sqlite:
         sa.event.listen(engine, "connect", _configure_sqlite)
         sa.event.listen(engine, "begin", _begin_sqlite)

@@ -1,4 +1,4 @@
-"""Two hosts on one store: a supervisor that was stopped past its lease writes nothing when it comes back."""
+"""Two hosts on one PostgreSQL: a supervisor that was stopped past its lease writes nothing when it comes back."""
 
 import json
 import os
@@ -28,8 +28,9 @@ def wait(condition, seconds=60):
 
 
 @pytest.fixture
-def settings(tmp_path):
-    return Settings(home=tmp_path / "shared")
+def settings(tmp_path, postgresql_database):
+    (tmp_path / "shared").mkdir()
+    return Settings(home=tmp_path / "shared", database_url=postgresql_database)
 
 
 @pytest.fixture
@@ -48,6 +49,7 @@ def start(settings):
         environment = {
             **os.environ,
             "TRL_HOME": str(settings.home),
+            "TRL_DATABASE_URL": settings.sqlalchemy_url,
             "TRL_HOST_NAME": host,
             "TRL_DEVICE": "cpu",
             "TRL_TRAINER_COMMAND": f"{sys.executable} {SCRIPTED}",

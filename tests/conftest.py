@@ -1,0 +1,30 @@
+"""Databases for tests: SQLite always, PostgreSQL where its server is installed (CI insists on it)."""
+
+import os
+import uuid
+
+import pytest
+import sqlalchemy as sa
+
+from tests.postgresql_server import postgresql_server, server_programs
+
+
+@pytest.fixture(scope="session")
+def postgresql():
+    programs = server_programs()
+    if programs is None:
+        assert not os.environ.get("CI"), "PostgreSQL's server is not installed: apt-get install postgresql"
+        pytest.skip("PostgreSQL's server is not installed: apt-get install postgresql")
+    with postgresql_server(programs) as url:
+        yield url
+
+
+@pytest.fixture
+def postgresql_database(postgresql):
+    """An empty database on the server."""
+    name = f"test_{uuid.uuid4().hex}"
+    engine = sa.create_engine(postgresql, isolation_level="AUTOCOMMIT")
+    with engine.connect() as connection:
+        connection.execute(sa.text(f"CREATE DATABASE {name}"))
+    engine.dispose()
+    return sa.engine.make_url(postgresql).set(database=name).render_as_string()
