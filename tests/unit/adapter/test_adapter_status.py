@@ -75,6 +75,8 @@ def test_what_llama_stack_has_no_field_for() -> None:
         "estimated_finish": None,
         "progress": {"step": 0, "total_steps": None, "epoch": 0.0, "tokens": 0},
         "metrics": {},
+        "baseline": {},
+        "evaluation": {},
         "checkpoint_metrics": {"ftckpt-1": {"loss": 0.6, "eval_loss": None}},
         "error": error,
     }
