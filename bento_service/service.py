@@ -58,7 +58,7 @@ http = create_app()
 # What goes to the HTTP app directly. BentoML's layers around its routes (tracing, access log, a timer per request)
 # would double the cost of a status request, and its timeout counts the time that a body takes to arrive: too short
 # for an upload over a slow line, and for a job whose large data file is checked row by row.
-_DIRECT = ("/v1/", "/health")
+_DIRECT = ("/v1/", "/health", "/metrics")
 
 
 class _GuardedService(bentoml.Service[Any]):

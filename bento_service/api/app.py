@@ -8,7 +8,7 @@ from starlette.routing import Match, Route
 from starlette.types import ASGIApp
 
 from bento_service import __version__
-from bento_service.api import files, fine_tuning, health
+from bento_service.api import files, fine_tuning, health, metrics
 from bento_service.api.access import AccessGuard
 from bento_service.api.errors import error_response, install_error_handlers
 from bento_service.api.event_stream import EventStreams
@@ -27,7 +27,9 @@ def create_app(impl: TrlPostTrainingImpl | None = None) -> FastAPI:
     app = FastAPI(title="TRL Remote Training Service", version=__version__, description=DESCRIPTION)
     app.state.impl = impl
     app.state.streams = EventStreams()
-    for router in (fine_tuning.router, files.router, health.router):
+    app.state.metrics = metrics.Metrics()
+    app.add_middleware(metrics.MeasuredRequests, metrics=app.state.metrics)
+    for router in (fine_tuning.router, files.router, health.router, metrics.router):
         app.include_router(router)
     methods = ["GET", "POST", "PUT", "PATCH", "DELETE"]
     app.router.routes.append(Route("/v1/{path:path}", _no_route, methods=methods, include_in_schema=False))

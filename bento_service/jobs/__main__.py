@@ -15,6 +15,7 @@ from bento_service.jobs import host_lock
 from bento_service.jobs.retention import expire
 from bento_service.jobs.store import Store
 from bento_service.jobs.supervisor import Supervisor
+from bento_service.logs import configure_logs
 from bento_service.settings import get_settings
 
 _RETENTION_PERIOD_SECONDS = 600.0
@@ -24,6 +25,7 @@ log = structlog.get_logger("supervisor")
 
 def main() -> int:
     settings = get_settings()
+    configure_logs()
     stopping = False
 
     def stop(number: int, frame: object) -> None:

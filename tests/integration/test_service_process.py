@@ -61,6 +61,15 @@ def test_probes_and_pages(client):
         assert answer.headers["x-request-id"], path
 
 
+def test_metrics_are_ours_and_not_bentos(client):
+    client.get("/health")
+    answer = client.get("/metrics")
+    assert answer.status_code == 200
+    assert 'trl_jobs{status="queued"}' in answer.text
+    assert 'route="/health"' in answer.text
+    assert "bentoml" not in answer.text
+
+
 def test_state_lies_under_its_home_and_nothing_in_the_working_directory(server, client):
     file_id = upload(client)
     assert client.get(f"/v1/files/{file_id}/content").content == json_lines(PAIRS)
