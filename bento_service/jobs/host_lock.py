@@ -1,5 +1,6 @@
 """Who supervises on this host: a file lock that dies with its owner, and the owner's sign of life."""
 
+import contextlib
 import fcntl
 import json
 import os
@@ -30,16 +31,22 @@ def beat(settings: Settings) -> None:
     path = _heartbeat_file(settings)
     text = json.dumps({"pid": os.getpid()})
     if not path.exists() or path.read_text() != text:
-        path.write_text(text)
-    os.utime(path)  # needs no disk space
+        with contextlib.suppress(OSError):  # a full disk takes no pid, and does not need to: the time is what counts
+            path.write_text(text)
+    os.utime(path)
+
+
+def is_beating(settings: Settings) -> bool:
+    """Whether this host's supervisor gave a sign of life within the lease."""
+    path = _heartbeat_file(settings)
+    return path.exists() and time.time() - path.stat().st_mtime <= settings.lease_seconds
 
 
 def supervisor_pid(settings: Settings) -> int | None:
-    """The pid of this host's supervisor if it gave a sign of life within the lease; None otherwise."""
-    path = _heartbeat_file(settings)
-    if not path.exists() or time.time() - path.stat().st_mtime > settings.lease_seconds:
+    """The pid of this host's supervisor while it is beating; None otherwise."""
+    if not is_beating(settings):
         return None
-    text = path.read_text()
+    text = _heartbeat_file(settings).read_text()
     return int(json.loads(text)["pid"]) if text else None
 
 

@@ -44,7 +44,7 @@ class SupervisorKeeper:
 
     def is_alive(self) -> bool:
         """Whether this host's supervisor, ours or another worker's, gave a sign of life lately."""
-        return host_lock.supervisor_pid(self._settings) is not None
+        return host_lock.is_beating(self._settings)
 
     def _keep(self) -> None:
         while not self._stopping.is_set():

@@ -94,7 +94,7 @@ def run(
             # The optimizer
             optim=OPTIMIZERS[options.optimizer.name],
             learning_rate=spec.learning_rate,
-            weight_decay=0.0 if options.optimizer.name == "adam" else options.optimizer.weight_decay,
+            weight_decay=options.optimizer.decay,
             max_grad_norm=options.optimizer.max_grad_norm,
             lr_scheduler_type=options.scheduler.name,
             warmup_steps=options.scheduler.warmup_ratio

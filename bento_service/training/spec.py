@@ -66,8 +66,25 @@ class OptimizerOptions(Options):
         description="Peak learning rate. Default: 1e-6 for full fine-tuning and 1e-5 for LoRA, times "
         "learning_rate_multiplier.",
     )
-    weight_decay: float = Field(default=0.01, ge=0, description="Decoupled weight decay.")
+    weight_decay: float | None = Field(
+        default=None, ge=0, description="Decoupled weight decay. Default: 0.01, and 0 for adam, which has none."
+    )
     max_grad_norm: float = Field(default=1.0, gt=0, description="Gradients are clipped to this norm.")
+
+    @model_validator(mode="after")
+    def _adam_has_no_decay(self) -> "OptimizerOptions":
+        if self.name == "adam" and self.weight_decay:
+            raise ValueError(
+                f"adam has no weight decay, and {self.weight_decay} is asked for: use adamw, or weight_decay 0"
+            )
+        return self
+
+    @property
+    def decay(self) -> float:
+        """The weight decay that is used; 0.01 is PyTorch's default for AdamW."""
+        if self.weight_decay is not None:
+            return self.weight_decay
+        return 0.0 if self.name == "adam" else 0.01
 
 
 class SchedulerOptions(Options):
