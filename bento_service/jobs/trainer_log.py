@@ -5,8 +5,9 @@ moves what is too much aside.
 """
 
 import os
-import shutil
 from pathlib import Path
+
+_PART_BYTES = 1 << 20
 
 
 def rotate(log: Path, max_bytes: int) -> bool:
@@ -19,6 +20,9 @@ def rotate(log: Path, max_bytes: int) -> bool:
         return False
     with log.open("rb") as source, log.with_name(log.name + ".1").open("wb") as old:
         source.seek(-max_bytes, os.SEEK_END)
-        shutil.copyfileobj(source, old)
+        left = max_bytes  # the trainer may be writing faster than this reads
+        while left and (part := source.read(min(left, _PART_BYTES))):
+            old.write(part)
+            left -= len(part)
     os.truncate(log, 0)
     return True

@@ -17,7 +17,7 @@ import traceback
 from pathlib import Path
 
 from bento_service.errors import TrlRemoteError
-from bento_service.training import checkpoints
+from bento_service.training import checkpoints, manifest
 from bento_service.training.events import EventWriter
 from bento_service.training.lease import LeaseWatch
 from bento_service.training.run_directory import Outcome, RunDirectory
@@ -81,7 +81,10 @@ def _train(run: RunDirectory, events: EventWriter, stop: StopSwitch, attempt: in
         events.write("message", f"{torn.name} was not saved to the end: deleted", level="warn", removed=str(torn))
     checkpoints.report_missed(events, run)
     recipe = importlib.import_module(RECIPES[spec.method])
-    return Outcome(attempt=attempt, status=recipe.run(spec, run, events, stop))
+    status = recipe.run(spec, run, events, stop)
+    if status == "succeeded":
+        manifest.conclude(run)
+    return Outcome(attempt=attempt, status=status)
 
 
 def failure(error: Exception, attempt: int) -> Outcome:

@@ -8,7 +8,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from bento_service.errors import TrainingFailed
-from bento_service.training import checkpoints
+from bento_service.training import checkpoints, manifest, model_card
 from bento_service.training.events import EventWriter
 from bento_service.training.run_directory import RunDirectory
 from bento_service.training.schedule import Schedule
@@ -164,14 +164,18 @@ class EventsCallback(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        manifest = checkpoints.complete(
+        about = manifest.describe(self._run)
+        checkpoints.name_base_model(checkpoint, about.base_model)
+        (checkpoint / "README.md").write_text(model_card.write(about), encoding="utf-8")
+        saved = checkpoints.complete(
             checkpoint,
             step=state.global_step,
             epoch=state.epoch or 0.0,
             tokens=state.num_input_tokens_seen,
             final=state.global_step == self._schedule.total_steps,
+            about=about.model_dump(mode="json", exclude={"checkpoint"}),
         )
-        checkpoints.report(self._events, checkpoint, manifest)
+        checkpoints.report(self._events, checkpoint, saved)
         for removed in checkpoints.remove_oldest(self._run, keep=self._schedule.saving.total_limit):
             self._events.write(
                 "message",

@@ -1,16 +1,26 @@
 """Checkpoint folders of one run: completing, checking, keeping the newest, clearing away what a kill left."""
 
+import hashlib
 import json
 import os
 import shutil
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from bento_service.training.events import EventWriter, read_events
 from bento_service.training.run_directory import COMPLETE_MARKER, RunDirectory, mark_complete
 
 # A pickle of TRL's arguments, which nothing here reads; model folders are handed to others without pickled objects.
 UNWANTED = "training_args.bin"
+
+# Says of a checkpoint what it is of, with the SHA-256 of every other published file (see ``manifest``).
+MANIFEST_FILE = "manifest.json"
+
+# What only a resumed run needs: the optimizer, the scheduler and the random state, all of them pickles.
+_RESUME_SUFFIXES = {".pt", ".pth", ".bin", ".pkl"}
+_RESUME_FILES = {"trainer_state.json"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,18 +32,60 @@ class Manifest:
     tokens: int  # trained by then, padding not counted
     final: bool  # of the last step
     files: dict[str, int]  # name inside the checkpoint -> bytes
+    sha256: dict[str, str] = field(default_factory=dict)  # of the published files; absent in older markers
 
     @property
     def bytes(self) -> int:
         return sum(self.files.values())
 
+    @property
+    def published(self) -> dict[str, int]:
+        """The files that a user of the model needs: name -> bytes, sorted by name."""
+        return {name: size for name, size in sorted(self.files.items()) if is_published(name)}
 
-def complete(checkpoint: Path, *, step: int, epoch: float, tokens: int, final: bool) -> Manifest:
-    """Mark a checkpoint whose files are all written as complete: the marker is written last, after a flush."""
+
+def is_published(name: str) -> bool:
+    """Whether a checkpoint's file is handed out; what only resuming needs is not, and no pickle is."""
+    return Path(name).suffix not in _RESUME_SUFFIXES and name not in _RESUME_FILES
+
+
+def complete(
+    checkpoint: Path, *, step: int, epoch: float, tokens: int, final: bool, about: Mapping[str, Any] | None = None
+) -> Manifest:
+    """Mark a checkpoint whose files are all written as complete: the marker is written last, after a flush.
+
+    Before that its ``MANIFEST_FILE`` is written: ``about``, which says of what run it is, the position, and the
+    size and SHA-256 of each published file.
+    """
     (checkpoint / UNWANTED).unlink(missing_ok=True)
-    manifest = Manifest(step=step, epoch=epoch, tokens=tokens, final=final, files=_sizes(checkpoint))
+    (checkpoint / MANIFEST_FILE).unlink(missing_ok=True)
+    sizes = _sizes(checkpoint)
+    digests = {name: sha256_of(checkpoint / name) for name in sizes if is_published(name)}
+    position = {"step": step, "epoch": epoch, "tokens": tokens, "final": final}
+    files = [{"name": name, "bytes": sizes[name], "sha256": digest} for name, digest in digests.items()]
+    contents = {**(about or {}), "checkpoint": {**position, "files": files}}
+    (checkpoint / MANIFEST_FILE).write_text(json.dumps(contents, indent=2) + "\n", encoding="utf-8")
+    digests[MANIFEST_FILE] = sha256_of(checkpoint / MANIFEST_FILE)
+    manifest = Manifest(step=step, epoch=epoch, tokens=tokens, final=final, files=_sizes(checkpoint), sha256=digests)
     mark_complete(checkpoint, asdict(manifest))
     return manifest
+
+
+def name_base_model(checkpoint: Path, name: str) -> None:
+    """Let an adapter name its base model as the user did: peft writes the folder that it was loaded from.
+
+    Done to the file and not before saving, because peft would ask the hub about a name.
+    """
+    config = checkpoint / "adapter_config.json"
+    if config.exists():
+        values = json.loads(config.read_bytes())
+        values["base_model_name_or_path"] = name
+        config.write_text(json.dumps(values, indent=2, sort_keys=True), encoding="utf-8")
+
+
+def sha256_of(file: Path) -> str:
+    with file.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def report(events: EventWriter, checkpoint: Path, manifest: Manifest) -> None:

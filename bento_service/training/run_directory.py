@@ -8,6 +8,7 @@ TRL_HOME/runs/<job id>/
   checkpoints/checkpoint-<step>/   complete only when it holds ``COMPLETE_MARKER``
   cache/             tokenized data of the attempt under way; not there afterwards
   reserve            takes up the room that reporting a full disk needs
+  manifest.json      what was trained with what on what, and how well; written when the run has succeeded
   outcome.json       how the last attempt ended, written by the trainer as its last act
 """
 
@@ -70,6 +71,10 @@ class RunDirectory:
     @property
     def outcome_file(self) -> Path:
         return self.path / "outcome.json"
+
+    @property
+    def manifest_file(self) -> Path:
+        return self.path / "manifest.json"
 
     @property
     def checkpoints(self) -> Path:
