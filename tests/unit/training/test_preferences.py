@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bento_service.errors import InvalidDataset
-from bento_service.training import preferences
+from bento_service.training import containers, preferences
+from bento_service.training.dataset_report import SHOWN_VALUE
 from bento_service.training.preferences import check_file, load_rows, require_valid
 
 TEXT = {"prompt": "Hello", "chosen": "Hi there.", "rejected": "Go away."}
@@ -24,7 +25,40 @@ IMPLICIT_MESSAGES = {
     "chosen": MESSAGES["prompt"] + MESSAGES["chosen"],
     "rejected": MESSAGES["prompt"] + MESSAGES["rejected"],
 }
-GOOD = {"text": TEXT, "messages": MESSAGES, "text-implicit": IMPLICIT_TEXT, "messages-implicit": IMPLICIT_MESSAGES}
+TRANSCRIPT = {
+    "chosen": "\n\nHuman: hello\n\nAssistant: yes?\n\nHuman: go\n\nAssistant: I will.",
+    "rejected": "\n\nHuman: hello\n\nAssistant: yes?\n\nHuman: go\n\nAssistant: Never.",
+}
+OPENAI: dict[str, Any] = {
+    "input": {"messages": MESSAGES["prompt"], "tools": [], "parallel_tool_calls": True},
+    "preferred_output": MESSAGES["chosen"],
+    "non_preferred_output": MESSAGES["rejected"],
+}
+CHAT = {"messages": MESSAGES["prompt"] + MESSAGES["chosen"]}
+COMPLETION = {"prompt": "Hello", "completion": "Hi there."}
+MESSAGE_COMPLETION = {"prompt": MESSAGES["prompt"], "completion": MESSAGES["chosen"]}
+SYSTEM_LATE = [{"role": "user", "content": "Hi"}, {"role": "system", "content": "Be nice."}]
+
+# A row of each format, its form for TRL, and the method that it is for.
+GOOD = {
+    "text": (TEXT, TEXT, "dpo"),
+    "messages": (MESSAGES, MESSAGES, "dpo"),
+    "text-implicit": (IMPLICIT_TEXT, IMPLICIT_TEXT, "dpo"),
+    "messages-implicit": (IMPLICIT_MESSAGES, IMPLICIT_MESSAGES, "dpo"),
+    "transcripts": (
+        TRANSCRIPT,
+        {
+            "prompt": "\n\nHuman: hello\n\nAssistant: yes?\n\nHuman: go\n\nAssistant:",
+            "chosen": " I will.",
+            "rejected": " Never.",
+        },
+        "dpo",
+    ),
+    "openai": (OPENAI, MESSAGES, "dpo"),
+    "chat": (CHAT, CHAT, "supervised"),
+    "completion": (COMPLETION, COMPLETION, "supervised"),
+    "messages-completion": (MESSAGE_COMPLETION, MESSAGE_COMPLETION, "supervised"),
+}
 
 
 @pytest.fixture
@@ -47,10 +81,20 @@ def said(role: str, content: object) -> list[dict[str, object]]:
 
 @pytest.mark.parametrize("name", GOOD)
 def test_good_rows_of_each_format_are_accepted_and_loaded(write: Callable[..., Path], name: str) -> None:
-    path = write(GOOD[name], GOOD[name])
-    report = require_valid(path)
+    row, for_trl, method = GOOD[name]
+    path = write(row, row)
+    report = require_valid(path, method=method)
     assert (report.format, report.rows, report.problems, report.total_problems) == (name, 2, (), 0)
-    assert list(load_rows(path)) == [GOOD[name], GOOD[name]]
+    assert (report.container, report.gzipped, report.purpose, report.bad_rows) == ("jsonl", False, method, 0)
+    assert list(load_rows(path)) == [for_trl, for_trl]
+
+
+@pytest.mark.parametrize("name", GOOD)
+def test_rows_for_the_other_method_are_refused(write: Callable[..., Path], name: str) -> None:
+    row, _, purpose = GOOD[name]
+    other = {"dpo": "supervised", "supervised": "dpo"}[purpose]
+    with pytest.raises(InvalidDataset, match=f"format {name}, which are for {purpose} jobs: a {other} job needs "):
+        require_valid(write(row), method=other)
 
 
 def test_loading_keeps_only_what_the_format_knows(write: Callable[..., Path]) -> None:
@@ -68,11 +112,13 @@ def test_blank_lines_a_byte_order_mark_and_windows_line_ends_are_no_problem(writ
     ("line", "field", "reason"),
     [
         ("{not json", None, "is not JSON"),
-        ("[1, 2]", None, "must be a JSON object, not a list"),
+        ("[[1, 2]]", None, "must be a JSON object, not a list"),
         ("null", None, "must be a JSON object, not null"),
         ('{"prompt": "a", "chosen": "b", "rejected": NaN}', None, "NaN is not a JSON value"),
         ('{"prompt": "a", "chosen": "b", "rejected": ' + "9" * 5000 + "}", None, "is not JSON"),
         ("[" * 100_000, None, "is not JSON"),
+        ('{"prompt": ' + "[" * 100_000, None, "is nested too deep"),
+        ("garbage", None, "is neither JSON nor a CSV header"),
         (b'{"prompt": "\xff"}', None, "is not UTF-8 at byte 12"),
         ({"chosen": "a", "prompt": "p"}, "rejected", "is missing"),
         ({"prompt": "p"}, "chosen", "is missing"),
@@ -99,6 +145,37 @@ def test_blank_lines_a_byte_order_mark_and_windows_line_ends_are_no_problem(writ
         ({"chosen": "a", "rejected": "b"}, None, "begin differently"),
         ({"chosen": "same start", "rejected": "same"}, "rejected", "holds no reply"),
         ({"chosen": MESSAGES["chosen"], "rejected": MESSAGES["rejected"]}, None, "begin differently"),
+        ({**MESSAGES, "prompt": SYSTEM_LATE}, "prompt.1.role", "an instruction after the conversation began"),
+        ({**MESSAGES, "prompt": said("assistant", "Hi") + said("user", "Hi")}, "prompt.0.role", "speaks first"),
+        ({**MESSAGES, "prompt": said("user", "Hi") + said("tool", "42")}, "prompt.1.role", "tool's result"),
+        (
+            {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: x\n\nAssistant: c"},
+            None,
+            "the transcripts differ before their last",
+        ),
+        (
+            {**TRANSCRIPT, "rejected": TRANSCRIPT["rejected"] + "\n\nHuman: thanks"},
+            "rejected",
+            "ends with the human's turn",
+        ),
+        ({**TRANSCRIPT, "rejected": "\n\nHuman: hello"}, "rejected", "has no"),
+        ({**TRANSCRIPT, "rejected": "hello"}, "rejected", "does not begin with"),
+        ({**TRANSCRIPT, "rejected": "\n\nHuman: hello\n\nAssistant: "}, "rejected", "holds nothing after"),
+        ({**TRANSCRIPT, "rejected": TRANSCRIPT["chosen"]}, "rejected", "is the same as chosen"),
+        ({**OPENAI, "input": {}}, "input.messages", "is missing"),
+        ({**OPENAI, "input": "Hello"}, "input", "must be"),
+        ({**OPENAI, "input": {**OPENAI["input"], "tools": [{}]}}, "input.tools", "are not trained on here"),
+        ({**OPENAI, "preferred_output": said("user", "a")}, "preferred_output.0.role", "begins and ends"),
+        ({"input": OPENAI["input"], "preferred_output": said("assistant", "a")}, "non_preferred_output", "is missing"),
+        (
+            {**OPENAI, "non_preferred_output": OPENAI["preferred_output"]},
+            "non_preferred_output",
+            "is the same as preferred_output",
+        ),
+        ({"messages": said("user", "Hi")}, "messages.0.role", "ends with the assistant"),
+        ({"messages": "Hi"}, "messages", "must be a list"),
+        ({"prompt": "a", "completion": "b", "label": True}, "label", "unpaired preference"),
+        ({"prompt": "a", "completion": ""}, "completion", "is empty"),
         (
             {"chosen": IMPLICIT_MESSAGES["chosen"], "rejected": MESSAGES["prompt"]},
             "rejected",
@@ -116,7 +193,7 @@ def test_a_bad_row_is_reported_with_its_place(
     assert problem.row == 1
     assert problem.field == field
     assert reason in problem.reason
-    assert problem.value is None or len(problem.value) <= preferences.SHOWN_VALUE
+    assert problem.value is None or len(problem.value) <= SHOWN_VALUE
     json.dumps(problem.value).encode()
 
 
@@ -130,6 +207,62 @@ def test_a_row_of_another_format_is_reported_with_both_names(write: Callable[...
 def test_row_numbers_are_line_numbers(write: Callable[..., Path]) -> None:
     report = check_file(write(TEXT, "", "", {**TEXT, "chosen": ""}))
     assert report.problems[0].row == 4
+
+
+def test_equal_pairs_are_a_warning_with_the_first_one(write: Callable[..., Path]) -> None:
+    other = {**TEXT, "prompt": "Bye"}
+    report = require_valid(write(TEXT, other, {**TEXT, "score": 1}, other), cap=1)
+    assert [(warning.row, warning.reason) for warning in report.warnings] == [(3, "says the same as row 1")]
+    assert (report.total_warnings, report.counts, report.total_problems) == (2, {"duplicate": 2}, 0)
+
+
+@pytest.mark.parametrize("name", GOOD)
+def test_equal_rows_of_every_format_are_noticed(write: Callable[..., Path], name: str) -> None:
+    assert check_file(write(GOOD[name][0], GOOD[name][0])).counts == {"duplicate": 1}
+
+
+def test_equal_pairs_are_looked_for_in_bounded_memory(
+    write: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preferences, "MAX_DIGESTS", 1)
+    other = {**TEXT, "prompt": "Bye"}
+    assert [warning.row for warning in check_file(write(TEXT, other, other, TEXT)).warnings] == [4]
+
+
+def test_fifteen_defects_in_forty_rows_are_those_fifteen(write: Callable[..., Path]) -> None:
+    def row(number: int, **changes: object) -> dict[str, object]:
+        return {**MESSAGES, "prompt": said("user", f"Question {number}")} | changes
+
+    lines: list[Any] = [row(number) for number in range(1, 41)]
+    rejected = {key: value for key, value in row(2).items() if key != "rejected"}
+    defects: dict[int, tuple[Any, str | None, str]] = {
+        2: (rejected, "rejected", "is missing"),
+        4: (row(4, rejected=MESSAGES["chosen"]), "rejected", "is the same as chosen"),
+        7: (row(7, chosen=said("assistant", "")), "chosen.0.content", "is empty"),
+        9: (row(9, rejected=said("assistant", " \n")), "rejected.0.content", "is only white space"),
+        12: (row(12, prompt=SYSTEM_LATE), "prompt.1.role", "an instruction after the conversation began"),
+        13: (row(13, chosen=said("assistant", 7)), "chosen.0.content", "must be text, not a number"),
+        16: (TEXT, None, "is text although row 1 is messages"),
+        18: (json.dumps(row(18)).encode().replace(b"Question", b"Quest\xff"), None, "is not UTF-8 at byte"),
+        20: (row(20, chosen=float("nan")), None, "NaN is not a JSON value"),
+        23: ('{"prompt": [', None, "is not JSON"),
+        27: ("[1, 2]", None, "must be a JSON object, not a list"),
+        30: (row(30, prompt=said("robot", "Hi")), "prompt.0.role", "must be one of"),
+        33: (row(33, rejected="No."), "rejected", "must be a list of messages"),
+        36: (row(36, chosen=[]), "chosen", "has no messages"),
+        40: (json.dumps(row(40, chosen=said("assistant", "\ud800"))), "chosen.0.content", "half of a surrogate pair"),
+    }
+    for number, (line, _, _) in defects.items():
+        lines[number - 1] = line
+    with pytest.raises(InvalidDataset, match="15 of 40 rows") as caught:
+        require_valid(write(*lines))
+    found = caught.value.problems
+    assert caught.value.total == len(found) == len(defects) == 15
+    assert [(problem.row, problem.field) for problem in found] == [(n, field) for n, (_, field, _) in defects.items()]
+    for problem, (_, _, reason) in zip(found, defects.values(), strict=True):
+        assert reason in problem.reason
+    report = check_file(write(*lines))
+    assert (report.bad_rows, report.total_warnings, sum(report.counts.values())) == (15, 0, 15)
 
 
 def test_problems_are_listed_up_to_the_cap_and_counted_beyond(write: Callable[..., Path]) -> None:
@@ -150,7 +283,7 @@ def test_an_empty_file_is_refused(write: Callable[..., Path], content: bytes) ->
 
 
 def test_a_line_without_end_is_not_read_whole(write: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preferences, "MAX_ROW_BYTES", 200)
+    monkeypatch.setattr(containers, "MAX_ROW_BYTES", 200)
     report = check_file(write({**TEXT, "prompt": "x" * 1000}, TEXT))
     assert report.rows == 2
     assert [problem.row for problem in report.problems] == [1]
