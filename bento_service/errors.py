@@ -7,6 +7,7 @@
     │   ├── ResourcesExceeded     asks for more than this host has; the message has both numbers
     │   └── TooLarge              an upload or a body over the limit; the message has the limit
     ├── NotFound                  no such job, file or checkpoint
+    ├── NotReady                  it is being made: ask again soon
     ├── Conflict                  the request contradicts what is stored
     │   ├── ClientIdConflict      the client id belongs to a job with another body
     │   └── TransitionRefused     the job's state does not allow this
@@ -79,6 +80,10 @@ class TooLarge(InvalidRequest):
 
 class NotFound(TrlRemoteError):
     code = "not_found"
+
+
+class NotReady(TrlRemoteError):
+    code = "not_ready"
 
 
 class Conflict(TrlRemoteError):

@@ -12,6 +12,7 @@ from typing import BinaryIO, Literal
 from sqlalchemy.exc import SQLAlchemyError
 
 from bento_service.base_models import BaseModels
+from bento_service.checkpoint_archive import CheckpointArchive, open_checkpoint
 from bento_service.errors import (
     ClientIdConflict,
     InvalidDataset,
@@ -27,7 +28,9 @@ from bento_service.jobs.forecast import estimated_start
 from bento_service.jobs.job import Attempt, Checkpoint, Job, JobEvent, JobRequest, JobStatus, News, Page, StoredFile
 from bento_service.jobs.log_page import LogPage, read_page, read_tail
 from bento_service.jobs.store import Store
+from bento_service.model_catalog import Model, ModelCatalog
 from bento_service.settings import Settings
+from bento_service.training import manifest
 from bento_service.training.preferences import require_valid
 from bento_service.training.run_directory import RunDirectory
 from bento_service.training.spec import FULL_LEARNING_RATE, LORA_LEARNING_RATE, TrainingSpec
@@ -57,6 +60,7 @@ class TrlPostTrainingImpl:
         self._store = store
         self._files = files
         self._models = BaseModels(settings)
+        self._catalog = ModelCatalog(settings.models_path, store)
         # Between a commit of bytes and their row in the store, nobody may delete these bytes as unused.
         self._files_lock = threading.Lock()
 
@@ -199,6 +203,22 @@ class TrlPostTrainingImpl:
         """The job's complete checkpoints, newest first. Raises NotFound."""
         return self._store.list_checkpoints(job_id, after=after, limit=limit)
 
+    def checkpoint(self, job_id: str, step: int) -> CheckpointArchive:
+        """A checkpoint's published files. Raises NotFound, NotReady while it is written, UnreadableRun."""
+        job = self._store.get_job(job_id)
+        return open_checkpoint(self._run(job), job.id, step, ended=job.status.is_terminal)
+
+    def manifest(self, job_id: str) -> manifest.RunManifest:
+        """What a succeeded job was. Raises NotFound, before it has succeeded and after the retention time."""
+        job = self._store.get_job(job_id)
+        found = manifest.read(self._run(job)) if job.status is JobStatus.SUCCEEDED else None
+        if found is None:
+            raise NotFound(
+                f"Job {job.id} is {job.status.value} and has no manifest: one is written when a job succeeds, and is "
+                "deleted with its checkpoints."
+            )
+        return found
+
     def attempts(self, job_id: str) -> list[Attempt]:
         """The launches of the job's trainer, oldest first. Raises NotFound."""
         self._store.event_seq(job_id, None)
@@ -210,10 +230,20 @@ class TrlPostTrainingImpl:
         Empty before the first attempt, and after the retention time. Raises NotFound.
         """
         job = self._store.get_job(job_id)
-        log_file = RunDirectory(self.settings.runs_path / job.id).log_file
+        log_file = self._run(job).log_file
         if tail is not None:
             return read_tail(log_file, lines=tail, limit=limit)
         return read_page(log_file, offset=offset, limit=limit)
+
+    # ----------------------------------------------------------------- models
+
+    def list_models(self) -> list[Model]:
+        """Base models in the models folder by name, then trained ones, newest first."""
+        return self._catalog.list()
+
+    def get_model(self, name: str) -> Model:
+        """Raises NotFound."""
+        return self._catalog.get(name)
 
     # ---------------------------------------------------------------- service
 
@@ -225,6 +255,9 @@ class TrlPostTrainingImpl:
             raise Overloaded(f"The database does not answer ({type(error).__name__}): try again later.") from error
 
     # ---------------------------------------------------------------- private
+
+    def _run(self, job: Job) -> RunDirectory:
+        return RunDirectory(self.settings.runs_path / job.id)
 
     def _register(self, stored: StoredBytes, filename: str, purpose: str) -> StoredFile:
         return self._store.add_file(

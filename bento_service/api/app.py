@@ -8,7 +8,7 @@ from starlette.routing import Match, Route
 from starlette.types import ASGIApp
 
 from bento_service import __version__
-from bento_service.api import files, fine_tuning, health, metrics
+from bento_service.api import artifacts, files, fine_tuning, health, metrics, models
 from bento_service.api.access import AccessGuard
 from bento_service.api.errors import error_response, install_error_handlers
 from bento_service.api.event_stream import EventStreams
@@ -29,7 +29,7 @@ def create_app(impl: TrlPostTrainingImpl | None = None) -> FastAPI:
     app.state.streams = EventStreams()
     app.state.metrics = metrics.Metrics()
     app.add_middleware(metrics.MeasuredRequests, metrics=app.state.metrics)
-    for router in (fine_tuning.router, files.router, health.router, metrics.router):
+    for router in (fine_tuning.router, artifacts.router, files.router, models.router, health.router, metrics.router):
         app.include_router(router)
     methods = ["GET", "POST", "PUT", "PATCH", "DELETE"]
     app.router.routes.append(Route("/v1/{path:path}", _no_route, methods=methods, include_in_schema=False))

@@ -55,6 +55,8 @@ _DESCRIPTIONS = {
     409: "The request contradicts what is stored; sending it again does not help.",
     413: "The body is larger than the service accepts.",
     415: "The body is of a type that the service does not read.",
+    416: "The range starts after the end; `content-range` has the size.",
+    425: "It is still being written; `retry-after` says when to ask again (seconds).",
     503: "The service has no room for this now; `retry-after` says when to try again (seconds).",
     500: "The service failed; its log has the cause under `x-request-id`.",
 }

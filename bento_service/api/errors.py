@@ -23,6 +23,7 @@ from bento_service.errors import (
     InvalidDataset,
     InvalidRequest,
     NotFound,
+    NotReady,
     Overloaded,
     TooLarge,
     TrlRemoteError,
@@ -35,6 +36,7 @@ _STATUS: tuple[tuple[type[TrlRemoteError], int], ...] = (
     (TooLarge, 413),
     (InvalidRequest, 400),
     (NotFound, 404),
+    (NotReady, 425),
     (Conflict, 409),
     (Forbidden, 403),
     (Overloaded, 503),
@@ -46,7 +48,7 @@ _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_
 NO_RETRY = {"x-should-retry": "false"}
 
 
-# What a caller is told to wait when the service is overloaded.
+# What a caller is told to wait when the service is overloaded, or what was asked for is not ready.
 RETRY_AFTER_SECONDS = 5
 
 
@@ -107,7 +109,7 @@ def answer(error: TrlRemoteError) -> JSONResponse:
         ]
         more["total_problems"] = error.total
     headers = NO_RETRY if isinstance(error, Conflict) else None
-    if isinstance(error, Overloaded):
+    if isinstance(error, Overloaded | NotReady):
         headers = {"retry-after": str(RETRY_AFTER_SECONDS)}
     return error_response(status, error.message, code=error.code, param=error.param, headers=headers, **more)
 

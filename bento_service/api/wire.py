@@ -9,6 +9,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstr
 
 from bento_service.jobs.job import Attempt, Checkpoint, Job, JobEvent, JobRequest, JobStatus, Page, StoredFile
 from bento_service.jobs.log_page import LogPage
+from bento_service.model_catalog import Model
 from bento_service.training.spec import TrlOptions
 
 
@@ -227,7 +228,9 @@ class JobObject(BaseModel):
     error: JobErrorBody | None
     fine_tuned_model: str | None = Field(description="Name of the trained model, once the job has succeeded.")
     organization_id: str = ""
-    result_files: list[str] = []
+    result_files: list[str] = Field(
+        description="Ids of files with the job's metrics, as CSV and as JSON Lines, once the job has succeeded."
+    )
     trained_tokens: int | None = Field(description="Once the job has succeeded; `trl.progress.tokens` has it before.")
     training_file: str
     validation_file: str | None
@@ -255,6 +258,7 @@ class JobObject(BaseModel):
             if job.error is None
             else JobErrorBody(code=job.error.code, message=job.error.message, param=job.error.param),
             fine_tuned_model=job.fine_tuned_model if succeeded else None,
+            result_files=job.result_files,
             trained_tokens=job.progress.tokens if succeeded else None,
             training_file=job.request.training_file,
             validation_file=job.request.validation_file,
@@ -433,6 +437,39 @@ class LogObject(BaseModel):
             truncated=page.truncated,
             content=page.content,
         )
+
+
+class TrlModel(BaseModel):
+    kind: Literal["base", "trained"]
+    base_model: str | None = Field(description="That a trained model was made from.")
+    job_id: str | None = Field(description="The job that made a trained model.")
+
+
+class ModelObject(BaseModel):
+    """A model that a job can start from, or that one has made."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str = Field(description="Of a base model its organization, of a trained one trl-remote.")
+    trl: TrlModel
+
+    @classmethod
+    def of(cls, model: Model) -> "ModelObject":
+        organization = model.id.partition("/")[0] if "/" in model.id else "local"
+        return cls(
+            id=model.id,
+            created=int(model.created_at),
+            owned_by=organization if model.kind == "base" else "trl-remote",
+            trl=TrlModel(kind=model.kind, base_model=model.base_model, job_id=model.job_id),
+        )
+
+
+class ModelList(BaseModel):
+    """All models; OpenAI's list of models has no pages."""
+
+    object: Literal["list"] = "list"
+    data: list[ModelObject]
 
 
 class ListOf[T: BaseModel](BaseModel):

@@ -117,6 +117,18 @@ class Job:
     devices_ahead: int | None = None  # asked for by the jobs before it; only while queued
     estimated_start: int | None = None  # unix seconds; only while queued, None when nothing is known to tell it by
 
+    @property
+    def result_files(self) -> list[str]:
+        """Ids of the files that its metrics were stored as, before it became succeeded."""
+        if self.status is not JobStatus.SUCCEEDED:
+            return []
+        return [result_file_id(self.id, form) for form in ("csv", "jsonl")]
+
+
+def result_file_id(job_id: str, form: str) -> str:
+    """Id of a job's metrics as a file: known from the job's, so that a repeated attempt to store it finds it."""
+    return f"file-{job_id.removeprefix('ftjob-')}-{form}"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Lease:
@@ -182,10 +194,20 @@ class Checkpoint:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StoredFile:
-    """An uploaded data file. The bytes lie once per digest, however many files name them."""
+class TrainedModel:
+    """What a succeeded job made, while its final checkpoint is kept."""
 
-    id: str  # "file-" and 24 hex digits
+    name: str
+    base_model: str
+    job_id: str
+    finished_at: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredFile:
+    """An uploaded data file, or a job's metrics. The bytes lie once per digest, however many files name them."""
+
+    id: str  # "file-" and 24 hex digits; of a job's metrics see ``result_file_id``
     filename: str  # the caller's name: data, never a path
     purpose: str
     bytes: int

@@ -30,6 +30,7 @@ from bento_service.jobs.job import (
     News,
     Page,
     StoredFile,
+    TrainedModel,
 )
 from bento_service.jobs.progress import advance
 from bento_service.jobs.rows import (
@@ -275,6 +276,27 @@ class Store:
                 query = query.where(checkpoints.c.step < step)
             query = query.order_by(checkpoints.c.step.desc()).limit(limit + 1)
             return _page([checkpoint_from_row(row) for row in _rows(connection, query)], limit)
+
+    def trained_models(self, job_id: str | None = None) -> list[TrainedModel]:
+        """What succeeded jobs (or this one) have made and is still there, newest first."""
+        with self._read() as connection:
+            query = (
+                sa.select(jobs.c.id, jobs.c.fine_tuned_model, jobs.c.request, jobs.c.finished_at)
+                .join(checkpoints, sa.and_(checkpoints.c.job_id == jobs.c.id, checkpoints.c.final))
+                .where(jobs.c.status == JobStatus.SUCCEEDED.value, jobs.c.fine_tuned_model.is_not(None))
+                .order_by(jobs.c.number.desc())
+            )
+            if job_id is not None:
+                query = query.where(jobs.c.id == job_id)
+            return [
+                TrainedModel(
+                    name=row["fine_tuned_model"],
+                    base_model=row["request"]["model"],
+                    job_id=row["id"],
+                    finished_at=row["finished_at"],
+                )
+                for row in _rows(connection, query)
+            ]
 
     def list_attempts(self, job_id: str) -> list[Attempt]:
         """Oldest first."""

@@ -2,6 +2,7 @@
 
 import os
 import shlex
+import sys
 import time
 from dataclasses import dataclass, field
 
@@ -9,7 +10,8 @@ import structlog
 from sqlalchemy.exc import SQLAlchemyError
 
 from bento_service.errors import InvalidRequest, UnreadableRun
-from bento_service.jobs import trainer_log
+from bento_service.files import FileStorage
+from bento_service.jobs import result_files, trainer_log
 from bento_service.jobs.devices import Devices, visible_devices
 from bento_service.jobs.disk import disk_need
 from bento_service.jobs.job import Attempt, Job, JobError, JobStatus, Lease
@@ -192,6 +194,8 @@ class Supervisor:
             backoff_seconds=self.settings.retry_backoff_seconds,
             max_run_seconds=self._run_time_limit(run.job),
         )
+        if verdict.to is JobStatus.SUCCEEDED:
+            result_files.publish(self.store, FileStorage(self.settings.files_path, sys.maxsize), run.job.id)
         self.store.finish(
             run.lease,
             verdict.to,

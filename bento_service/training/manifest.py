@@ -198,7 +198,7 @@ def _git_commit(root: Path) -> str | None:
 def _bento_tag(description: Path) -> str | None:
     if not description.is_file():
         return None
-    import yaml
+    import yaml  # type: ignore[import-untyped]
 
     values = yaml.safe_load(description.read_bytes())
     return f"{values['name']}:{values['version']}"

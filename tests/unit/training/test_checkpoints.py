@@ -1,5 +1,7 @@
 """Checkpoint folders: whole, torn, old."""
 
+import hashlib
+import json
 from pathlib import Path
 
 import pytest
@@ -26,12 +28,41 @@ def save(run: RunDirectory, step: int, *, complete: bool = True) -> Path:
 
 def test_a_complete_checkpoint_says_what_it_holds(run: RunDirectory) -> None:
     folder = save(run, 10)
+    (folder / "optimizer.pt").write_bytes(b"o" * 10)
+    checkpoints.complete(folder, step=10, epoch=1.0, tokens=500, final=True, about={"job_id": "ftjob-1"})
+    digest = hashlib.sha256(b"w" * 100).hexdigest()
+    text = (folder / "manifest.json").read_bytes()
+    contents = json.loads(text)
+    assert contents == {
+        "job_id": "ftjob-1",
+        "checkpoint": {
+            "step": 10,
+            "epoch": 1.0,
+            "tokens": 500,
+            "final": True,
+            "files": [{"name": "adapter_model.safetensors", "bytes": 100, "sha256": digest}],
+        },
+    }
     manifest = checkpoints.read_manifest(folder)
     assert manifest == checkpoints.Manifest(
-        step=10, epoch=1.0, tokens=500, final=True, files={"adapter_model.safetensors": 100}
+        step=10,
+        epoch=1.0,
+        tokens=500,
+        final=True,
+        files={"adapter_model.safetensors": 100, "manifest.json": len(text), "optimizer.pt": 10},
+        sha256={"adapter_model.safetensors": digest, "manifest.json": hashlib.sha256(text).hexdigest()},
     )
-    assert manifest.bytes == 100
+    assert manifest.bytes == 110 + len(text)
+    assert manifest.published == {"adapter_model.safetensors": 100, "manifest.json": len(text)}
     assert not (folder / "training_args.bin").exists()
+
+
+def test_an_adapter_names_its_base_model_as_the_user_did(run: RunDirectory) -> None:
+    folder = save(run, 1)
+    config = folder / "adapter_config.json"
+    config.write_text('{"r": 8, "base_model_name_or_path": "/models/org/tiny"}')
+    checkpoints.name_base_model(folder, "org/tiny")
+    assert json.loads(config.read_text()) == {"r": 8, "base_model_name_or_path": "org/tiny"}
 
 
 def test_torn_checkpoints_are_removed_and_whole_ones_kept(run: RunDirectory) -> None:

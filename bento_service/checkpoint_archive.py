@@ -1,0 +1,155 @@
+"""A complete checkpoint as it is handed out: its published files, one by one and as one tar."""
+
+import hashlib
+import json
+import os
+import stat
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import BinaryIO
+
+from bento_service.errors import NotFound, NotReady, UnreadableRun
+from bento_service.training.checkpoints import Manifest, read_manifest
+from bento_service.training.run_directory import COMPLETE_MARKER, RunDirectory
+
+CHUNK_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Member:
+    """A published file. ``sha256`` is None in checkpoints of older versions."""
+
+    name: str  # relative to the checkpoint
+    path: Path
+    bytes: int
+    sha256: str | None
+
+    def open(self) -> BinaryIO:
+        """Raises UnreadableRun for what is no plain file of the size that the checkpoint's marker says."""
+        try:
+            descriptor = os.open(self.path, os.O_RDONLY | os.O_NOFOLLOW)
+        except OSError as error:
+            raise UnreadableRun(f"{self.name} of the checkpoint cannot be read: {error.strerror}") from error
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode) or status.st_size != self.bytes:
+            os.close(descriptor)
+            raise UnreadableRun(f"{self.name} is not the file of {self.bytes} bytes that was saved")
+        return os.fdopen(descriptor, "rb")
+
+
+class CheckpointArchive:
+    """The tar of a checkpoint: uncompressed, its members in order of their names in a folder ``checkpoint-<step>``.
+
+    The same checkpoint gives the same bytes, always: no times, owners or permissions of this host are in it. So its
+    size is known before a byte is read, and a download that was cut off can go on where it ended.
+    """
+
+    def __init__(self, job_id: str, folder: Path, manifest: Manifest) -> None:
+        self.name = f"{job_id}-{folder.name}.tar"
+        self._folder = folder
+        self._manifest = manifest
+
+    @cached_property
+    def members(self) -> list[Member]:
+        """The published files. Raises UnreadableRun for a name that leads out of the checkpoint."""
+        root = self._folder.resolve()
+        members = []
+        for name, size in self._manifest.published.items():
+            path = self._folder / name
+            if not path.resolve().is_relative_to(root):
+                raise UnreadableRun(f"{name!r} leads out of the checkpoint: a link, or a damaged marker")
+            members.append(Member(name=name, path=path, bytes=size, sha256=self._manifest.sha256.get(name)))
+        return members
+
+    def member(self, name: str) -> Member:
+        """The published file of this name; nothing is looked up but the manifest. Raises NotFound, UnreadableRun."""
+        for member in self.members:
+            if member.name == name:
+                with member.open():  # it is what the manifest says
+                    return member
+        names = ", ".join(member.name for member in self.members)
+        raise NotFound(f"{self._folder.name} has no file {name[:100]!r}; it has {names}.")
+
+    @property
+    def etag(self) -> str:
+        """Tells one content from another, without the quotes that HTTP puts around it."""
+        contents = [(member.name, member.bytes, member.sha256) for member in self.members]
+        if any(digest is None for _, _, digest in contents):  # an older checkpoint: by when it was completed
+            contents.append((COMPLETE_MARKER, (self._folder / COMPLETE_MARKER).stat().st_mtime_ns, None))
+        return hashlib.sha256(json.dumps([self.name, contents]).encode()).hexdigest()
+
+    @cached_property
+    def bytes(self) -> int:
+        """Length of the tar."""
+        blocks = sum(len(self._header(member)) + _padded(member.bytes) for member in self.members)
+        # Two empty blocks end it, filled up to a whole record, as tar itself writes.
+        return _padded(blocks + 2 * tarfile.BLOCKSIZE, tarfile.RECORDSIZE)
+
+    def read(self, start: int = 0, stop: int | None = None) -> Iterator[bytes]:
+        """The bytes from ``start`` up to ``stop``, in pieces of at most ``CHUNK_BYTES``.
+
+        Raises UnreadableRun when a file is gone or changed.
+        """
+        stop = self.bytes if stop is None else stop
+        position = 0
+        for member in self.members:
+            header = self._header(member)
+            yield header[max(0, start - position) : max(0, stop - position)]
+            position += len(header)
+            end = position + member.bytes
+            if start < end and stop > position:
+                yield from _piece(member, max(0, start - position), min(member.bytes, stop - position))
+            position = end
+            padding = bytes(_padded(member.bytes) - member.bytes)
+            yield padding[max(0, start - position) : max(0, stop - position)]
+            position += len(padding)
+        yield bytes(max(0, stop - max(start, position)))
+
+    def _header(self, member: Member) -> bytes:
+        info = tarfile.TarInfo(f"{self._folder.name}/{member.name}")
+        info.size = member.bytes
+        info.mode = 0o644
+        return info.tobuf(tarfile.PAX_FORMAT)  # time, owner and group are 0
+
+
+def open_checkpoint(run: RunDirectory, job_id: str, step: int, *, ended: bool) -> CheckpointArchive:
+    """The complete checkpoint of a step.
+
+    Raises NotReady while it is being written, NotFound when there is none (``ended``: and none will come), and
+    UnreadableRun when it does not lie in the run's directory or its marker is damaged.
+    """
+    folder = run.checkpoints / f"checkpoint-{step}"
+    if not folder.is_dir():
+        raise NotFound(
+            f"Job {job_id} has no checkpoint of step {step}; GET .../{job_id}/checkpoints lists those it has."
+        )
+    if folder.resolve() != run.path.resolve() / "checkpoints" / folder.name:
+        raise UnreadableRun(f"checkpoint-{step} of job {job_id} is a link that leads out of its run directory")
+    try:
+        return CheckpointArchive(job_id, folder, read_manifest(folder))
+    except FileNotFoundError:
+        pass
+    except (ValueError, TypeError) as error:
+        raise UnreadableRun(f"the marker of checkpoint-{step} of job {job_id} cannot be read: {error}") from error
+    if ended:
+        raise NotFound(f"The checkpoint of step {step} of job {job_id} was not saved to the end.")
+    raise NotReady(f"The checkpoint of step {step} of job {job_id} is still being written: try again in some seconds.")
+
+
+def _piece(member: Member, start: int, stop: int) -> Iterator[bytes]:
+    with member.open() as file:
+        file.seek(start)
+        left = stop - start
+        while left:
+            chunk = file.read(min(CHUNK_BYTES, left))
+            if not chunk:
+                raise UnreadableRun(f"{member.name} was cut short while it was read")
+            left -= len(chunk)
+            yield chunk
+
+
+def _padded(size: int, block: int = tarfile.BLOCKSIZE) -> int:
+    return -(-size // block) * block
