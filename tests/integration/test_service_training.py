@@ -1,5 +1,9 @@
 """One job all the way: uploaded, submitted and trained by a real service with OpenAI's client, on a tiny model."""
 
+import hashlib
+import io
+import json
+import tarfile
 import time
 from pathlib import Path
 
@@ -17,11 +21,16 @@ TRAINING_SECONDS = 180
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory):
+def models(tmp_path_factory):
     models = tmp_path_factory.mktemp("models")
     make_tiny_model(models / MODEL)
     (models / BROKEN).mkdir()
     (models / BROKEN / "config.json").write_text('{"model_type": "llama"}')
+    return models
+
+
+@pytest.fixture(scope="module")
+def server(models, tmp_path_factory):
     with bento_server(tmp_path_factory.mktemp("service"), models=models) as server:
         yield server
 
@@ -71,6 +80,53 @@ def test_a_job_is_trained_and_followed(client, server):
     assert final.trl["final"] is True
     assert (Path(final.trl["path"]) / "adapter_model.safetensors").is_file()
     assert Path(final.trl["path"]).is_relative_to(server.home)
+
+
+def test_what_was_trained_is_downloaded_and_loads(client, server, models, tmp_path):
+    content = json_lines(PAIRS * 2)
+    file = client.files.create(file=("pairs.jsonl", content), purpose="fine-tune")
+    submitted = client.fine_tuning.jobs.create(
+        model=MODEL, training_file=file.id, extra_body={"trl": {"max_length": 64, "evaluation": {"split": 0.25}}}
+    )
+    job = ended(client, submitted.id, server)
+    assert job.status == "succeeded", (job.error, server.log())
+
+    # In two parts, as after a connection that broke.
+    step = next(iter(client.fine_tuning.jobs.checkpoints.list(job.id))).step_number
+    url = f"{server.url}/v1/fine_tuning/jobs/{job.id}/checkpoints/{step}"
+    with httpx2.Client(trust_env=False) as http:
+        whole = http.get(f"{url}/content")
+        rest = http.get(f"{url}/content", headers={"range": "bytes=5000-", "if-range": whole.headers["etag"]})
+        weights = http.get(f"{url}/files/adapter_model.safetensors").content
+        manifest = http.get(f"{server.url}/v1/fine_tuning/jobs/{job.id}/manifest").json()
+    assert (whole.status_code, rest.status_code) == (200, 206)
+    with tarfile.open(fileobj=io.BytesIO(whole.content[:5000] + rest.content)) as tar:
+        tar.extractall(tmp_path, filter="data")
+    folder = tmp_path / f"checkpoint-{step}"
+    assert (folder / "adapter_model.safetensors").read_bytes() == weights
+    for entry in json.loads((folder / "manifest.json").read_bytes())["checkpoint"]["files"]:
+        assert hashlib.sha256((folder / entry["name"]).read_bytes()).hexdigest() == entry["sha256"]
+    assert manifest["datasets"] == [
+        {"role": "training", "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    ]
+    assert [entry["step"] for entry in manifest["metrics"]["evaluations"]] == [0, step]
+
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    base = AutoModelForCausalLM.from_pretrained(models / MODEL)
+    assert PeftModel.from_pretrained(base, folder).active_adapter == "default"
+    assert AutoTokenizer.from_pretrained(folder).chat_template
+
+    results = [client.files.retrieve(file_id) for file_id in job.result_files]
+    assert [result.filename.rpartition(".")[2] for result in results] == ["csv", "jsonl"]
+    assert {result.purpose for result in results} == {"fine-tune-results"}
+    lines = [json.loads(line) for line in client.files.content(results[1].id).text.splitlines()]
+    losses = [line["loss"] for line in lines if line["type"] == "metrics"]
+    assert losses == [manifest["metrics"]["training"]["loss"]]
+
+    assert {model.id for model in client.models.list()} >= {MODEL, job.fine_tuned_model}
+    assert client.models.retrieve(job.fine_tuned_model).trl["job_id"] == job.id
 
 
 def test_a_model_that_cannot_be_loaded_fails_its_job_with_the_reason(client, server):

@@ -1,14 +1,19 @@
 """Trainer processes with a tiny model: what they report, that they train as TRL does, and that they resume exactly."""
 
+import hashlib
 import json
 import os
 import signal
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+from huggingface_hub import ModelCard
 
+import bento_service
+from bento_service.training import checkpoints, manifest
 from bento_service.training.run_directory import COMPLETE_MARKER, RunDirectory
 from tests.tiny_model import make_tiny_model
 from tests.trainer_run import (
@@ -119,16 +124,66 @@ def test_the_newest_checkpoints_are_kept_whole_and_without_pickled_arguments(fin
     assert not finished.cache.exists()
 
 
-def test_the_final_checkpoint_is_a_peft_adapter_that_was_trained(finished: RunDirectory) -> None:
+def test_the_final_checkpoint_is_a_peft_adapter_that_was_trained(data: Path, finished: RunDirectory) -> None:
     peft = pytest.importorskip("peft")
-    from transformers import AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     checkpoint = finished.complete_checkpoints()[-1]
-    model = peft.AutoPeftModelForCausalLM.from_pretrained(checkpoint)
+    base = AutoModelForCausalLM.from_pretrained(data / "model")
+    model = peft.PeftModel.from_pretrained(base, checkpoint)
     trained = [weight for name, weight in model.named_parameters() if "lora_B" in name]
     assert trained
     assert all(weight.abs().sum() > 0 for weight in trained)
     assert AutoTokenizer.from_pretrained(checkpoint).chat_template
+
+
+def test_a_finished_run_has_a_manifest(data: Path, finished: RunDirectory) -> None:
+    made = manifest.read(finished)
+    assert made is not None
+    assert (made.method, made.base_model, made.seed, made.settings["beta"]) == ("dpo", "test/tiny", 7, 0.1)
+    digests = {dataset.role: dataset.sha256 for dataset in made.datasets}
+    assert digests == {
+        "training": hashlib.sha256((data / "train.jsonl").read_bytes()).hexdigest(),
+        "validation": hashlib.sha256((data / "held_out.jsonl").read_bytes()).hexdigest(),
+    }
+    assert made.versions["trl"] == version("trl")
+    assert made.versions["trl-remote"] == bento_service.__version__
+    assert made.build.bento is None
+    assert made.hardware.cpu_cores == os.cpu_count()
+    last = events_of(finished, "metrics")[-1].data
+    assert (made.metrics.step, made.metrics.tokens) == (STEPS, last["tokens"])
+    assert made.metrics.training["loss"] == last["loss"]
+    evaluated = [(entry.step, entry.metrics["eval_loss"]) for entry in made.metrics.evaluations]
+    assert evaluated == [(event.data["step"], event.data["eval_loss"]) for event in events_of(finished, "evaluation")]
+    checkpoint = finished.complete_checkpoints()[-1]
+    assert made.checkpoint is not None
+    assert (made.checkpoint.step, made.checkpoint.final) == (STEPS, True)
+    for file in made.checkpoint.files:
+        assert hashlib.sha256((checkpoint / file.name).read_bytes()).hexdigest() == file.sha256
+    names = {file.name for file in made.checkpoint.files}
+    assert {"adapter_model.safetensors", "tokenizer.json", "chat_template.jinja", "README.md"} <= names
+    assert not {"optimizer.pt", "trainer_state.json", "rng_state.pth"} & names
+
+
+def test_the_model_card_is_one_for_the_hub(finished: RunDirectory) -> None:
+    card = ModelCard.load(finished.complete_checkpoints()[-1] / "README.md")
+    assert card.data.base_model == "test/tiny"
+    assert (card.data.library_name, card.data.pipeline_tag) == ("peft", "text-generation")
+    assert {"trl", "dpo", "lora"} <= set(card.data.tags)
+    evaluations = events_of(finished, "evaluation")
+    assert f"| 0 | {evaluations[0].data['eval_loss']:.4f} |" in card.text
+    assert f"| {STEPS} | {evaluations[-1].data['eval_loss']:.4f} |" in card.text
+
+
+def test_nothing_that_is_handed_out_names_a_place_on_this_host(data: Path, finished: RunDirectory) -> None:
+    places = [str(data), str(finished.path), str(REPOSITORY)]
+    for checkpoint in finished.complete_checkpoints():
+        assert json.loads((checkpoint / "adapter_config.json").read_bytes())["base_model_name_or_path"] == "test/tiny"
+        for name in checkpoints.read_manifest(checkpoint).published:
+            content = (checkpoint / name).read_bytes()
+            assert not any(place.encode() in content for place in places), name
+    text = finished.manifest_file.read_text()
+    assert not any(place in text for place in places)
 
 
 def test_lora_losses_and_evaluations_equal_a_plain_trl_script(data: Path, finished: RunDirectory) -> None:
