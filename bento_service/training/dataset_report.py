@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -124,29 +124,24 @@ def kind(value: object) -> str:
     return names.get(type(value), type(value).__name__)
 
 
-def text_defects(row: Row, column: str) -> list[Defect]:
-    """What is wrong with a column that must hold text."""
-    if column not in row:
-        return [Defect("missing", column, "is missing")]
-    value = row[column]
-    if not isinstance(value, str):
-        return [
-            Defect("wrong_type", column, f"must be text, as the other columns are, not {kind(value)}", value),
-        ]
-    return content_defects(value, column)
+def text_defects(row: Row, columns: Iterable[str]) -> list[Defect]:
+    """What is wrong with columns that must hold text."""
+    defects: list[Defect] = []
+    for column in columns:
+        value = row.get(column, ABSENT)
+        if isinstance(value, str):
+            if not value or value.isspace():
+                defects.append(empty(value, column))
+        elif value is ABSENT:
+            defects.append(Defect("missing", column, "is missing"))
+        else:
+            reason = f"must be text, as the other columns are, not {kind(value)}"
+            defects.append(Defect("wrong_type", column, reason, value))
+    return defects
 
 
-def content_defects(text: str, place: str) -> list[Defect]:
-    """What is wrong with a text that must say something and must be encodable."""
-    if not text or text.isspace():
-        return [Defect("empty", place, "is only white space" if text else "is empty", text)]
-    if not text.isascii():
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            reason = f"holds half of a surrogate pair at character {error.start}"
-            return [Defect("surrogate", place, reason, ascii(text))]
-    return []
+def empty(text: str, place: str) -> Defect:
+    return Defect("empty", place, "is only white space" if text else "is empty", text)
 
 
 DefectsOf = Callable[[Row], list[Defect]]

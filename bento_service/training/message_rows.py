@@ -3,7 +3,7 @@
 from itertools import takewhile
 from typing import Any
 
-from bento_service.training.dataset_report import ABSENT, Defect, Row, content_defects, kind
+from bento_service.training.dataset_report import ABSENT, Defect, Row, empty, kind
 from bento_service.training.text_rows import PAIR, REPLIES, SAME_REPLIES, unpaired_label
 
 ROLES = frozenset({"system", "developer", "user", "assistant", "tool"})  # what chat templates know
@@ -95,23 +95,26 @@ def message_defects(column: str, messages: object) -> list[Defect]:
         return [Defect("empty", column, "has no messages", messages)]
     defects: list[Defect] = []
     for index, message in enumerate(messages):
-        place = f"{column}.{index}"
         if not isinstance(message, dict):
             reason = f'must be {{"role": ..., "content": ...}}, not {kind(message)}'
-            defects.append(Defect("wrong_type", place, reason, message))
+            defects.append(Defect("wrong_type", f"{column}.{index}", reason, message))
             continue
         role, content = message.get("role", ABSENT), message.get("content", ABSENT)
+        known = isinstance(role, str) and role in ROLES
+        if known and isinstance(content, str) and content and not content.isspace():
+            continue
+        place = f"{column}.{index}"
         if role is ABSENT:
             defects.append(Defect("missing", f"{place}.role", "is missing"))
-        elif not isinstance(role, str) or role not in ROLES:
+        elif not known:
             reason = f"must be one of {', '.join(sorted(ROLES))}"
             defects.append(Defect("unknown_role", f"{place}.role", reason, role))
         if content is ABSENT:
             defects.append(Defect("missing", f"{place}.content", "is missing"))
         elif not isinstance(content, str):
             defects.append(Defect("wrong_type", f"{place}.content", f"must be text, not {kind(content)}", content))
-        else:
-            defects += content_defects(content, f"{place}.content")
+        elif not content or content.isspace():
+            defects.append(empty(content, f"{place}.content"))
     return defects
 
 

@@ -12,7 +12,8 @@
 
 The first four and the last three are TRL's (https://huggingface.co/docs/trl/dataset_formats). TRL itself trains
 silently on many broken rows (an empty reply, two equal replies), hence the checks. A new format is a function that
-lists a row's defects, one that gives the row in TRL's form, and an entry in ``FORMATS``.
+lists a row's defects, one that gives the row in TRL's form, a ``Format``, and its place in ``FORMATS`` and
+``format_of``.
 """
 
 from collections.abc import Callable, Hashable
@@ -45,15 +46,9 @@ class Format:
     name: str
     columns: tuple[str, ...]
     purpose: Purpose
-    matches: Callable[[Row], bool]  # whether a row, right or wrong, is meant to have this shape
     defects: DefectsOf
     for_trl: Callable[[Row], Row]  # the row with the columns and types that TRL's trainers read
     identity: Callable[[Row], Hashable]  # equal for rows that say the same
-
-
-def format_of(row: Row) -> Format:
-    """The format a row is meant to have."""
-    return next(shape for shape in FORMATS if shape.matches(row))
 
 
 def _columns(*names: str) -> Callable[[Row], Row]:
@@ -80,120 +75,117 @@ def _openai_for_trl(row: Row) -> Row:
     }
 
 
-def _is_transcript(value: object) -> bool:
-    return isinstance(value, str) and value.startswith(HUMAN)
+OPENAI = Format(
+    name="openai",
+    columns=("input", "preferred_output", "non_preferred_output"),
+    purpose="dpo",
+    defects=openai_pair,
+    for_trl=_openai_for_trl,
+    identity=lambda row: _conversations("prompt", "chosen", "rejected")(_openai_for_trl(row)),
+)
+CHAT = Format(
+    name="chat",
+    columns=("messages",),
+    purpose="supervised",
+    defects=chat,
+    for_trl=_message_columns("messages"),
+    identity=_conversations("messages"),
+)
+MESSAGES_COMPLETION = Format(
+    name="messages-completion",
+    columns=("prompt", "completion"),
+    purpose="supervised",
+    defects=message_completion,
+    for_trl=_message_columns("prompt", "completion"),
+    identity=_conversations("prompt", "completion"),
+)
+COMPLETION = Format(
+    name="completion",
+    columns=("prompt", "completion"),
+    purpose="supervised",
+    defects=text_completion,
+    for_trl=_columns("prompt", "completion"),
+    identity=_texts("prompt", "completion"),
+)
+MESSAGES_IMPLICIT = Format(
+    name="messages-implicit",
+    columns=("chosen", "rejected"),
+    purpose="dpo",
+    defects=message_implicit,
+    for_trl=_message_columns("chosen", "rejected"),
+    identity=_conversations("chosen", "rejected"),
+)
+TRANSCRIPTS = Format(
+    name="transcripts",
+    columns=("chosen", "rejected"),
+    purpose="dpo",
+    defects=transcript_pair,
+    for_trl=split_transcripts,
+    identity=_texts("chosen", "rejected"),
+)
+TEXT_IMPLICIT = Format(
+    name="text-implicit",
+    columns=("chosen", "rejected"),
+    purpose="dpo",
+    defects=text_implicit,
+    for_trl=_columns("chosen", "rejected"),
+    identity=_texts("chosen", "rejected"),
+)
+MESSAGES = Format(
+    name="messages",
+    columns=("prompt", "chosen", "rejected"),
+    purpose="dpo",
+    defects=message_pair,
+    for_trl=_message_columns("prompt", "chosen", "rejected"),
+    identity=_conversations("prompt", "chosen", "rejected"),
+)
+TEXT = Format(
+    name="text",
+    columns=("prompt", "chosen", "rejected"),
+    purpose="dpo",
+    defects=text_pair,
+    for_trl=_columns("prompt", "chosen", "rejected"),
+    identity=_texts("prompt", "chosen", "rejected"),
+)
 
-
-def _is_openai(row: Row) -> bool:
-    return "preferred_output" in row or "non_preferred_output" in row
-
-
-def _is_chat(row: Row) -> bool:
-    return "messages" in row and "chosen" not in row and "rejected" not in row
-
-
-def _is_completion(row: Row) -> bool:
-    return "completion" in row and "chosen" not in row and "rejected" not in row
-
-
-def _has_replies_only(row: Row) -> bool:
-    return "prompt" not in row and ("chosen" in row or "rejected" in row)
-
-
-def _has_messages(row: Row) -> bool:
-    return isinstance(row.get("chosen"), list) or isinstance(row.get("rejected"), list) or _has_message_prompt(row)
-
-
-def _has_message_prompt(row: Row) -> bool:
-    return isinstance(row.get("prompt"), list)
-
-
-# The first that matches a row is its format; the last takes every row.
 FORMATS = (
-    Format(
-        name="openai",
-        columns=("input", "preferred_output", "non_preferred_output"),
-        purpose="dpo",
-        matches=_is_openai,
-        defects=openai_pair,
-        for_trl=_openai_for_trl,
-        identity=lambda row: _conversations("prompt", "chosen", "rejected")(_openai_for_trl(row)),
-    ),
-    Format(
-        name="chat",
-        columns=("messages",),
-        purpose="supervised",
-        matches=_is_chat,
-        defects=chat,
-        for_trl=_message_columns("messages"),
-        identity=_conversations("messages"),
-    ),
-    Format(
-        name="messages-completion",
-        columns=("prompt", "completion"),
-        purpose="supervised",
-        matches=lambda row: _is_completion(row) and (_has_message_prompt(row) or isinstance(row["completion"], list)),
-        defects=message_completion,
-        for_trl=_message_columns("prompt", "completion"),
-        identity=_conversations("prompt", "completion"),
-    ),
-    Format(
-        name="completion",
-        columns=("prompt", "completion"),
-        purpose="supervised",
-        matches=_is_completion,
-        defects=text_completion,
-        for_trl=_columns("prompt", "completion"),
-        identity=_texts("prompt", "completion"),
-    ),
-    Format(
-        name="messages-implicit",
-        columns=("chosen", "rejected"),
-        purpose="dpo",
-        matches=lambda row: _has_replies_only(row) and _has_messages(row),
-        defects=message_implicit,
-        for_trl=_message_columns("chosen", "rejected"),
-        identity=_conversations("chosen", "rejected"),
-    ),
-    Format(
-        name="transcripts",
-        columns=("chosen", "rejected"),
-        purpose="dpo",
-        matches=lambda row: (
-            _has_replies_only(row) and (_is_transcript(row.get("chosen")) or _is_transcript(row.get("rejected")))
-        ),
-        defects=transcript_pair,
-        for_trl=split_transcripts,
-        identity=_texts("chosen", "rejected"),
-    ),
-    Format(
-        name="text-implicit",
-        columns=("chosen", "rejected"),
-        purpose="dpo",
-        matches=_has_replies_only,
-        defects=text_implicit,
-        for_trl=_columns("chosen", "rejected"),
-        identity=_texts("chosen", "rejected"),
-    ),
-    Format(
-        name="messages",
-        columns=("prompt", "chosen", "rejected"),
-        purpose="dpo",
-        matches=_has_messages,
-        defects=message_pair,
-        for_trl=_message_columns("prompt", "chosen", "rejected"),
-        identity=_conversations("prompt", "chosen", "rejected"),
-    ),
-    Format(
-        name="text",
-        columns=("prompt", "chosen", "rejected"),
-        purpose="dpo",
-        matches=lambda row: True,
-        defects=text_pair,
-        for_trl=_columns("prompt", "chosen", "rejected"),
-        identity=_texts("prompt", "chosen", "rejected"),
-    ),
+    TEXT,
+    MESSAGES,
+    TEXT_IMPLICIT,
+    MESSAGES_IMPLICIT,
+    TRANSCRIPTS,
+    OPENAI,
+    CHAT,
+    COMPLETION,
+    MESSAGES_COMPLETION,
 )
 
 # Every column that some format knows.
 COLUMNS = tuple(dict.fromkeys(column for shape in FORMATS for column in (*shape.columns, "label")))
+
+
+def format_of(row: Row) -> Format:
+    """The format a row, right or wrong, is meant to have: by its columns first, then by what these hold.
+
+    A row that is like none of them is text, the most common one, and its defects say what it lacks.
+    """
+    chosen, rejected = row.get("chosen"), row.get("rejected")
+    if "chosen" in row or "rejected" in row:
+        messages = isinstance(chosen, list) or isinstance(rejected, list)
+        if "prompt" in row:
+            return MESSAGES if messages or isinstance(row["prompt"], list) else TEXT
+        if messages:
+            return MESSAGES_IMPLICIT
+        return TRANSCRIPTS if _is_transcript(chosen) or _is_transcript(rejected) else TEXT_IMPLICIT
+    if "preferred_output" in row or "non_preferred_output" in row:
+        return OPENAI
+    if "messages" in row:
+        return CHAT
+    messages = isinstance(row.get("prompt"), list) or isinstance(row.get("completion"), list)
+    if "completion" in row:
+        return MESSAGES_COMPLETION if messages else COMPLETION
+    return MESSAGES if messages else TEXT
+
+
+def _is_transcript(value: object) -> bool:
+    return isinstance(value, str) and value.startswith(HUMAN)

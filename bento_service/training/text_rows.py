@@ -12,14 +12,14 @@ SAME_REPLIES = "is the same as chosen: there is nothing to prefer"
 
 
 def text_pair(row: Row) -> list[Defect]:
-    defects = [defect for column in PAIR for defect in text_defects(row, column)]
+    defects = text_defects(row, PAIR)
     if not defects and row["chosen"] == row["rejected"]:
         defects.append(Defect("equal_replies", "rejected", SAME_REPLIES, row["rejected"]))
     return defects
 
 
 def text_implicit(row: Row) -> list[Defect]:
-    defects = [defect for column in REPLIES for defect in text_defects(row, column)]
+    defects = text_defects(row, REPLIES)
     if defects:
         return defects
     chosen, rejected = row["chosen"], row["rejected"]
@@ -38,12 +38,14 @@ def text_implicit(row: Row) -> list[Defect]:
 
 
 def transcript_pair(row: Row) -> list[Defect]:
-    defects = [defect for column in REPLIES for defect in text_defects(row, column)]
+    defects = text_defects(row, REPLIES)
     if defects:
         return defects
+    turns = []  # where the last reply's turn begins
     for column in REPLIES:
         text = row[column]
         last = text.rfind(ASSISTANT)
+        turns.append(last)
         if not text.startswith(HUMAN):
             reason = r'does not begin with "\n\nHuman:", as the other transcript does'
             defects.append(Defect("role_order", column, reason, text))
@@ -56,7 +58,7 @@ def transcript_pair(row: Row) -> list[Defect]:
             defects.append(Defect("no_reply", column, r'holds nothing after its last "\n\nAssistant:"', text[last:]))
     if defects:
         return defects
-    prompt, other = (row[column][: row[column].rfind(ASSISTANT)] for column in REPLIES)
+    prompt, other = row["chosen"][: turns[0]], row["rejected"][: turns[1]]
     if prompt != other:
         shared = shared_length(prompt, other)
         reason = (
@@ -76,8 +78,7 @@ def split_transcripts(row: Row) -> Row:
 
 
 def text_completion(row: Row) -> list[Defect]:
-    defects = [defect for column in ("prompt", "completion") for defect in text_defects(row, column)]
-    return defects + unpaired_label(row)
+    return text_defects(row, ("prompt", "completion")) + unpaired_label(row)
 
 
 def unpaired_label(row: Row) -> list[Defect]:
