@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -142,6 +142,3 @@ def text_defects(row: Row, columns: Iterable[str]) -> list[Defect]:
 
 def empty(text: str, place: str) -> Defect:
     return Defect("empty", place, "is only white space" if text else "is empty", text)
-
-
-DefectsOf = Callable[[Row], list[Defect]]

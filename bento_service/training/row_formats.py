@@ -19,7 +19,7 @@ lists a row's defects, one that gives the row in TRL's form, a ``Format``, and i
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 
-from bento_service.training.dataset_report import DefectsOf, Purpose, Row
+from bento_service.training.dataset_report import Defect, Purpose, Row
 from bento_service.training.message_rows import (
     chat,
     message_completion,
@@ -46,7 +46,7 @@ class Format:
     name: str
     columns: tuple[str, ...]
     purpose: Purpose
-    defects: DefectsOf
+    defects: Callable[[Row], list[Defect]]
     for_trl: Callable[[Row], Row]  # the row with the columns and types that TRL's trainers read
     identity: Callable[[Row], Hashable]  # equal for rows that say the same
 

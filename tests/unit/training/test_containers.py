@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bento_service.errors import InvalidDataset
-from bento_service.training import containers
+from bento_service.training import containers, row_bounds
 from bento_service.training.preferences import check_file, load_rows, require_valid
 
 ROWS = [
@@ -69,7 +69,7 @@ def file(tmp_path: Path) -> Path:
 def test_every_container_gives_the_same_rows(
     file: Path, container: str, rows: list[dict[str, Any]], gzipped: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(containers, "CHUNK_BYTES", 100)  # rows cross the bounds of what is read at once
+    monkeypatch.setattr(row_bounds, "CHUNK_BYTES", 100)  # rows cross the bounds of what is read at once
     content = WRITERS[container](rows)
     file.write_bytes(gzip.compress(content) if gzipped else content)
     report = require_valid(file)
@@ -176,8 +176,8 @@ def test_a_parquet_bomb_is_not_unpacked(file: Path, gzipped: bool) -> None:
 
 @pytest.mark.parametrize("container", ["json", "csv", "parquet"])
 def test_a_row_without_end_is_not_read_whole(file: Path, container: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(containers, "MAX_ROW_BYTES", 500)
-    monkeypatch.setattr(containers, "CHUNK_BYTES", 100)
+    monkeypatch.setattr(row_bounds, "MAX_ROW_BYTES", 500)
+    monkeypatch.setattr(row_bounds, "CHUNK_BYTES", 100)
     rows = [ROWS[0], {**ROWS[1], "prompt": "x" * 3000}]
     file.write_bytes(WRITERS[container](rows))
     problem = check_file(file).problems[0]

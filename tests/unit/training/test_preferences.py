@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bento_service.errors import InvalidDataset
-from bento_service.training import containers, preferences
+from bento_service.training import preferences, row_bounds
 from bento_service.training.dataset_report import SHOWN_VALUE
 from bento_service.training.preferences import check_file, load_rows, require_valid
 
@@ -283,7 +283,7 @@ def test_an_empty_file_is_refused(write: Callable[..., Path], content: bytes) ->
 
 
 def test_a_line_without_end_is_not_read_whole(write: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(containers, "MAX_ROW_BYTES", 200)
+    monkeypatch.setattr(row_bounds, "MAX_ROW_BYTES", 200)
     report = check_file(write({**TEXT, "prompt": "x" * 1000}, TEXT))
     assert report.rows == 2
     assert [problem.row for problem in report.problems] == [1]
