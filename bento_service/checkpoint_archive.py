@@ -82,8 +82,8 @@ class CheckpointArchive:
         return hashlib.sha256(json.dumps([self.name, contents]).encode()).hexdigest()
 
     @cached_property
-    def bytes(self) -> int:
-        """Length of the tar."""
+    def size(self) -> int:
+        """Length of the tar, bytes."""
         blocks = sum(len(self._header(member)) + _padded(member.bytes) for member in self.members)
         # Two empty blocks end it, filled up to a whole record, as tar itself writes.
         return _padded(blocks + 2 * tarfile.BLOCKSIZE, tarfile.RECORDSIZE)
@@ -93,7 +93,7 @@ class CheckpointArchive:
 
         Raises UnreadableRun when a file is gone or changed.
         """
-        stop = self.bytes if stop is None else stop
+        stop = self.size if stop is None else stop
         position = 0
         for member in self.members:
             header = self._header(member)

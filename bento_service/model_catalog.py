@@ -31,7 +31,7 @@ class ModelCatalog:
         self._path = models_path
         self._store = store
 
-    def list(self) -> "list[Model]":
+    def all(self) -> list[Model]:
         """Base models by name, then trained ones, newest first; those whose final checkpoint was deleted are gone."""
         return [*map(self._base, local_models(self._path)), *self._trained()]
 
@@ -49,7 +49,7 @@ class ModelCatalog:
     def _base(self, name: str) -> Model:
         return Model(id=name, kind="base", created_at=(self._path / name / "config.json").stat().st_mtime)
 
-    def _trained(self, job_id: str | None = None) -> "list[Model]":
+    def _trained(self, job_id: str | None = None) -> list[Model]:
         return [
             Model(
                 id=trained.name,

@@ -239,7 +239,7 @@ class TrlPostTrainingImpl:
 
     def list_models(self) -> list[Model]:
         """Base models in the models folder by name, then trained ones, newest first."""
-        return self._catalog.list()
+        return self._catalog.all()
 
     def get_model(self, name: str) -> Model:
         """Raises NotFound."""

@@ -43,7 +43,7 @@ def get_checkpoint_content(
     the bytes that are missing and `If-Range` with the `ETag` of the first answer.
     """
     archive = impl.checkpoint(job_id, step)
-    size, etag = archive.bytes, f'"{archive.etag}"'
+    size, etag = archive.size, f'"{archive.etag}"'
     headers = {
         "accept-ranges": "bytes",
         "etag": etag,

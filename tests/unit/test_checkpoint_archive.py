@@ -41,7 +41,7 @@ def test_it_holds_the_published_files_and_their_digests(run: RunDirectory) -> No
     folder = save(run)
     archive = archive_of(run)
     content = b"".join(archive.read())
-    assert len(content) == archive.bytes
+    assert len(content) == archive.size
     with tarfile.open(fileobj=io.BytesIO(content)) as tar:
         held = {member.name: tar.extractfile(member).read() for member in tar}
         assert {(member.mtime, member.uid, member.gid, member.uname) for member in tar} == {(0, 0, 0, "")}
@@ -72,8 +72,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> CheckpointArchive:
 
 @given(data=st.data())
 def test_any_part_of_it_is_that_part_of_the_whole(whole: CheckpointArchive, data: st.DataObject) -> None:
-    start = data.draw(st.integers(0, whole.bytes))
-    stop = data.draw(st.integers(start, whole.bytes))
+    start = data.draw(st.integers(0, whole.size))
+    stop = data.draw(st.integers(start, whole.size))
     assert b"".join(whole.read(start, stop)) == b"".join(whole.read())[start:stop]
 
 
@@ -83,7 +83,7 @@ def test_long_names_keep_the_length_right(run: RunDirectory) -> None:
     checkpoints.complete(folder, step=3, epoch=1.0, tokens=9, final=True)
     archive = archive_of(run)
     content = b"".join(archive.read())
-    assert len(content) == archive.bytes
+    assert len(content) == archive.size
     with tarfile.open(fileobj=io.BytesIO(content)) as tar:
         assert f"checkpoint-3/{'n' * 150}" in tar.getnames()
 
