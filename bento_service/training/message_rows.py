@@ -134,9 +134,10 @@ def _pair_defects(
     defects = _prompt_defects(*prompt)
     for column, messages in (chosen, rejected):
         defects += _reply_defects(column, messages, 0)
-    if spoken(chosen[1]) == spoken(rejected[1]):
+    last = rejected[1][-1]["content"]
+    if chosen[1][-1]["content"] == last and spoken(chosen[1]) == spoken(rejected[1]):
         reason = f"is the same as {chosen[0]}: there is nothing to prefer"
-        defects.append(Defect("equal_replies", rejected[0], reason, rejected[1][-1]["content"]))
+        defects.append(Defect("equal_replies", rejected[0], reason, last))
     return defects
 
 
@@ -160,14 +161,16 @@ def _order_defects(column: str, messages: Messages, start: int) -> list[Defect]:
 
     Two messages of the same role in a row are accepted: most chat templates render them.
     """
-    for index in range(start, len(messages)):
-        role = messages[index]["role"]
-        before = messages[index - 1]["role"] if index else None
-        if role in INSTRUCTIONS and before is not None and before not in INSTRUCTIONS:
+    role = messages[start - 1]["role"] if start else None
+    for index, message in enumerate(messages[start:], start):
+        previous, role = role, message["role"]
+        if role == "user":
+            continue
+        if role in INSTRUCTIONS and previous is not None and previous not in INSTRUCTIONS:
             reason = "is an instruction after the conversation began: it comes first"
-        elif role == "assistant" and (before is None or before in INSTRUCTIONS):
+        elif role == "assistant" and (previous is None or previous in INSTRUCTIONS):
             reason = "the assistant speaks first: a conversation begins with the user"
-        elif role == "tool" and before not in ("assistant", "tool"):
+        elif role == "tool" and previous not in ("assistant", "tool"):
             reason = "a tool's result does not follow the assistant's call"
         else:
             continue
