@@ -14,7 +14,9 @@ Messages = list[dict[str, Any]]
 
 def message_pair(row: Row) -> list[Defect]:
     defects = [defect for column in PAIR for defect in message_defects(column, row.get(column, ABSENT))]
-    return defects or _pair_defects(*((column, row[column]) for column in PAIR))
+    if defects:
+        return defects
+    return _pair_defects(("prompt", row["prompt"]), ("chosen", row["chosen"]), ("rejected", row["rejected"]))
 
 
 def openai_pair(row: Row) -> list[Defect]:
@@ -93,6 +95,8 @@ def message_defects(column: str, messages: object) -> list[Defect]:
         return [Defect("wrong_type", column, reason, messages)]
     if not messages:
         return [Defect("empty", column, "has no messages", messages)]
+    if all(map(_is_sound, messages)):  # nearly always, and quicker to find out than what is wrong
+        return []
     defects: list[Defect] = []
     for index, message in enumerate(messages):
         if not isinstance(message, dict):
@@ -100,13 +104,10 @@ def message_defects(column: str, messages: object) -> list[Defect]:
             defects.append(Defect("wrong_type", f"{column}.{index}", reason, message))
             continue
         role, content = message.get("role", ABSENT), message.get("content", ABSENT)
-        known = isinstance(role, str) and role in ROLES
-        if known and isinstance(content, str) and content and not content.isspace():
-            continue
         place = f"{column}.{index}"
         if role is ABSENT:
             defects.append(Defect("missing", f"{place}.role", "is missing"))
-        elif not known:
+        elif not isinstance(role, str) or role not in ROLES:
             reason = f"must be one of {', '.join(sorted(ROLES))}"
             defects.append(Defect("unknown_role", f"{place}.role", reason, role))
         if content is ABSENT:
@@ -116,6 +117,19 @@ def message_defects(column: str, messages: object) -> list[Defect]:
         elif not content or content.isspace():
             defects.append(empty(content, f"{place}.content"))
     return defects
+
+
+def _is_sound(message: object) -> bool:
+    if not isinstance(message, dict):
+        return False
+    role, content = message.get("role"), message.get("content")
+    return (
+        isinstance(role, str)
+        and role in ROLES
+        and isinstance(content, str)
+        and content != ""
+        and not content.isspace()
+    )
 
 
 def plain(messages: Messages) -> Messages:
