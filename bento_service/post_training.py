@@ -129,9 +129,9 @@ class TrlPostTrainingImpl:
         if request.validation_file is not None:
             validation_file = self._data_path(request.validation_file, "validation_file")
         model_path = self._models.locate(request.model)
-        require_valid(training_file, param="training_file", cap=self.settings.max_report_rows)
+        self._require_valid(training_file, "training_file")
         if validation_file is not None:
-            require_valid(validation_file, param="validation_file", cap=self.settings.max_report_rows)
+            self._require_valid(validation_file, "validation_file")
 
         short_id = secrets.token_hex(12)
         spec = resolve_spec(
@@ -342,6 +342,11 @@ class TrlPostTrainingImpl:
                 "precision fp16 needs a GPU, and this host trains on its CPU: use auto, fp32 or bf16.",
                 param="trl.precision",
             )
+
+    def _require_valid(self, data: Path, param: str) -> None:
+        # What a compressed file unpacks to is bound as an upload is.
+        limits = self.settings
+        require_valid(data, param=param, cap=limits.max_report_rows, max_bytes=limits.max_file_bytes)
 
     def _data_path(self, file_id: str, param: str) -> Path:
         try:

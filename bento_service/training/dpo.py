@@ -158,7 +158,7 @@ def read_pairs(file: Path, param: str, cache: Path) -> tuple[Dataset, bool]:
 
     Raises InvalidDataset when a row cannot be trained on.
     """
-    require_valid(file, param)
+    require_valid(file, param, max_bytes=None)  # its size was checked when the job was submitted
     dataset = Dataset.from_generator(load_rows, gen_kwargs={"path": file}, cache_dir=str(cache))
     return dataset, isinstance(dataset[0]["chosen"], list)
 
