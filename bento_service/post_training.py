@@ -14,7 +14,6 @@ from sqlalchemy.exc import SQLAlchemyError
 from bento_service.base_models import BaseModels
 from bento_service.checkpoint_archive import CheckpointArchive, open_checkpoint
 from bento_service.errors import (
-    ClientIdConflict,
     InvalidDataset,
     InvalidRequest,
     NotFound,
@@ -120,7 +119,7 @@ class TrlPostTrainingImpl:
         Raises InvalidRequest (a missing file, a contradiction), UnknownModel, InvalidDataset, ResourcesExceeded,
         ClientIdConflict. After any of them nothing of the job is stored.
         """
-        if existing := self._submitted_before(request):
+        if existing := self._store.find_submitted(request):
             return self._with_forecast([existing])[0]
         self._require_consistent(request)
         self._require_resources(request)
@@ -270,17 +269,6 @@ class TrlPostTrainingImpl:
                 created_at=time.time(),
             )
         )
-
-    def _submitted_before(self, request: JobRequest) -> Job | None:
-        client_id = request.options.client_id
-        existing = None if client_id is None else self._store.find_by_client_id(client_id)
-        if existing is not None and existing.request.digest != request.digest:
-            raise ClientIdConflict(
-                f"Client id {client_id!r} belongs to job {existing.id}, which was submitted with another body. "
-                "Use a new id for a new job.",
-                param="trl.client_id",
-            )
-        return existing
 
     def _require_consistent(self, request: JobRequest) -> None:
         if request.options.optimizer.learning_rate is not None and request.learning_rate_multiplier is not None:

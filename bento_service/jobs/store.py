@@ -25,6 +25,7 @@ from bento_service.jobs.job import (
     Job,
     JobError,
     JobEvent,
+    JobRequest,
     JobStatus,
     Lease,
     News,
@@ -130,7 +131,7 @@ class Store:
             with self._write() as connection:
                 for file_id in filter(None, (job.request.training_file, job.request.validation_file)):
                     _file_row(connection, file_id)
-                if existing := _same_client(connection, job):
+                if existing := _same_client(connection, job.request):
                     return existing, False
                 start = {"status": JobStatus.VALIDATING_FILES.value}
                 connection.execute(jobs.insert().values(**job_values(job) | start))
@@ -142,14 +143,14 @@ class Store:
         except IntegrityError:
             # Two submits of one client id at once, on a database that lets both in: the other one was first.
             with self._read() as connection:
-                if existing := _same_client(connection, job):
+                if existing := _same_client(connection, job.request):
                     return existing, False
             raise
 
-    def find_by_client_id(self, client_id: str) -> Job | None:
+    def find_submitted(self, request: JobRequest) -> Job | None:
+        """The job that this request's client id already has. Raises ClientIdConflict when its request is another."""
         with self._read() as connection:
-            job_id = connection.execute(sa.select(jobs.c.id).where(jobs.c.client_id == client_id)).scalar()
-            return None if job_id is None else _job(connection, job_id)
+            return _same_client(connection, request)
 
     def get_job(self, job_id: str) -> Job:
         with self._read() as connection:
@@ -553,15 +554,16 @@ def _job_of(connection: Connection, row: Mapping[str, Any]) -> Job:
     return replace(job, queue_position=1 + jobs_ahead, devices_ahead=devices_ahead)
 
 
-def _same_client(connection: Connection, job: Job) -> Job | None:
-    if job.client_id is None:
+def _same_client(connection: Connection, request: JobRequest) -> Job | None:
+    client_id = request.options.client_id
+    if client_id is None:
         return None
-    row = next(_rows(connection, sa.select(jobs).where(jobs.c.client_id == job.client_id)), None)
+    row = next(_rows(connection, sa.select(jobs).where(jobs.c.client_id == client_id)), None)
     if row is None:
         return None
-    if row["digest"] != job.request.digest:
+    if row["digest"] != request.digest:
         raise ClientIdConflict(
-            f"Client id {job.client_id!r} belongs to job {row['id']}, which was submitted with another body. "
+            f"Client id {client_id!r} belongs to job {row['id']}, which was submitted with another body. "
             "Use a new id for a new job.",
             param="trl.client_id",
         )
