@@ -31,6 +31,7 @@ from bento_service.model_catalog import Model, ModelCatalog
 from bento_service.settings import Settings
 from bento_service.training import manifest
 from bento_service.training.preferences import require_valid
+from bento_service.training.recipes import RECIPES
 from bento_service.training.run_directory import RunDirectory
 from bento_service.training.spec import FULL_LEARNING_RATE, LORA_LEARNING_RATE, TrainingSpec
 
@@ -271,6 +272,12 @@ class TrlPostTrainingImpl:
         )
 
     def _require_consistent(self, request: JobRequest) -> None:
+        if request.method not in RECIPES:
+            raise InvalidRequest(
+                f"The method {request.method} is not available in this version of the service: use "
+                f"{' or '.join(RECIPES)}.",
+                param="method.type",
+            )
         if request.options.optimizer.learning_rate is not None and request.learning_rate_multiplier is not None:
             raise InvalidRequest(
                 "Both learning_rate_multiplier and trl.optimizer.learning_rate are given: the first scales the "

@@ -20,11 +20,9 @@ from bento_service.errors import TrlRemoteError
 from bento_service.training import checkpoints, manifest
 from bento_service.training.events import EventWriter
 from bento_service.training.lease import LeaseWatch
+from bento_service.training.recipes import RECIPES
 from bento_service.training.run_directory import Outcome, RunDirectory
 from bento_service.training.stop import StopRequested, StopSwitch
-
-# Method of a specification -> module with the recipe, a function run(spec, run, events, stop).
-RECIPES = {"dpo": "bento_service.training.dpo"}
 
 # What PyTorch's CPU allocator says when malloc fails; on GPUs there is an exception class for it.
 CPU_OUT_OF_MEMORY = "DefaultCPUAllocator: can't allocate memory"

@@ -33,8 +33,8 @@ FULL_LEARNING_RATE = 1e-6
 LORA_LEARNING_RATE = 1e-5
 
 
-# The methods of training there are; each has a recipe in ``training.__main__.RECIPES``.
-MethodName = Literal["dpo"]
+# The methods of training that have a name; those that a job can ask for have a recipe in ``training.recipes``.
+MethodName = Literal["dpo", "supervised"]
 
 
 class Options(BaseModel):

@@ -72,7 +72,7 @@ def test_the_document_describes_every_route_and_its_errors(client):
                 assert body.endswith("/ErrorBody")
     schemas = document["components"]["schemas"]
     assert "HTTPValidationError" not in schemas
-    for name in ("CreateJob", "TrlOptions", "LoraOptions", "DpoHyperparameters"):
+    for name in ("CreateJob", "TrlOptions", "LoraOptions", "DpoHyperparameters-Input"):
         assert schemas[name]["additionalProperties"] is False
     beta = schemas["DpoHyperparameters"]["properties"]["beta"]
     assert {"type": "string", "const": "auto"} in beta["anyOf"]

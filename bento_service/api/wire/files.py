@@ -1,0 +1,35 @@
+"""Uploaded files, in the shapes of OpenAI's files API."""
+
+from typing import Literal
+
+from pydantic import BaseModel
+
+from bento_service.jobs.job import StoredFile
+
+
+class FileObject(BaseModel):
+    """An uploaded file."""
+
+    id: str
+    object: Literal["file"] = "file"
+    bytes: int
+    created_at: int
+    filename: str
+    purpose: str
+    status: Literal["processed"] = "processed"
+
+    @classmethod
+    def of(cls, file: StoredFile) -> "FileObject":
+        return cls(
+            id=file.id,
+            bytes=file.bytes,
+            created_at=int(file.created_at),
+            filename=file.filename,
+            purpose=file.purpose,
+        )
+
+
+class FileDeleted(BaseModel):
+    id: str
+    object: Literal["file"] = "file"
+    deleted: Literal[True] = True

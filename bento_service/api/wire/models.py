@@ -1,0 +1,40 @@
+"""Models, in the shapes of OpenAI's models API."""
+
+from typing import Literal
+
+from pydantic import BaseModel, Field
+
+from bento_service.model_catalog import Model
+
+
+class TrlModel(BaseModel):
+    kind: Literal["base", "trained"]
+    base_model: str | None = Field(description="That a trained model was made from.")
+    job_id: str | None = Field(description="The job that made a trained model.")
+
+
+class ModelObject(BaseModel):
+    """A model that a job can start from, or that one has made."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str = Field(description="Of a base model its organization, of a trained one trl-remote.")
+    trl: TrlModel
+
+    @classmethod
+    def of(cls, model: Model) -> "ModelObject":
+        organization = model.id.partition("/")[0] if "/" in model.id else "local"
+        return cls(
+            id=model.id,
+            created=int(model.created_at),
+            owned_by=organization if model.kind == "base" else "trl-remote",
+            trl=TrlModel(kind=model.kind, base_model=model.base_model, job_id=model.job_id),
+        )
+
+
+class ModelList(BaseModel):
+    """All models; OpenAI's list of models has no pages."""
+
+    object: Literal["list"] = "list"
+    data: list[ModelObject]
