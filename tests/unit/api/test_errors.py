@@ -74,6 +74,6 @@ def test_the_document_describes_every_route_and_its_errors(client):
     assert "HTTPValidationError" not in schemas
     for name in ("CreateJob", "TrlOptions", "LoraOptions", "DpoHyperparameters-Input"):
         assert schemas[name]["additionalProperties"] is False
-    beta = schemas["DpoHyperparameters"]["properties"]["beta"]
+    beta = schemas["DpoHyperparameters-Input"]["properties"]["beta"]
     assert {"type": "string", "const": "auto"} in beta["anyOf"]
     assert "0.1" in beta["description"]
