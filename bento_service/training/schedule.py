@@ -8,7 +8,7 @@ from bento_service.training.spec import EvaluationOptions, SavingOptions, Traini
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """``evaluation`` is None when there are no pairs to evaluate on."""
+    """``evaluation`` is None when there are no rows to evaluate on."""
 
     total_steps: int
     steps_per_epoch: int
@@ -16,14 +16,14 @@ class Schedule:
     saving: SavingOptions
 
     @classmethod
-    def of(cls, spec: TrainingSpec, *, pairs: int, evaluated: bool) -> "Schedule":
-        """The schedule of a run over ``pairs`` training pairs.
+    def of(cls, spec: TrainingSpec, *, rows: int, evaluated: bool) -> "Schedule":
+        """The schedule of a run over ``rows`` training rows.
 
         An epoch is all batches of the data in groups of gradient_accumulation_steps (the last group may be smaller,
         as in transformers), or max_steps_per_epoch steps if that is less.
         """
         options = spec.options
-        batches = math.ceil(pairs / spec.batch_size)
+        batches = math.ceil(rows / spec.batch_size)
         steps_per_epoch = math.ceil(batches / options.gradient_accumulation_steps)
         if options.max_steps_per_epoch is not None:
             steps_per_epoch = min(steps_per_epoch, options.max_steps_per_epoch)

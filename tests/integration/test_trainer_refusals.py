@@ -100,7 +100,7 @@ def test_options_that_do_not_fit(tmp_path: Path, model: Path, rows: Path, option
 def test_a_split_of_one_pair(tmp_path: Path, model: Path) -> None:
     one = write_rows(tmp_path / "one.jsonl", preference_rows(1))
     outcome = failed(make_run(tmp_path / "run", model, one, evaluation={"split": 0.5}))
-    assert "needs at least 2 pairs" in (outcome.message or "")
+    assert "needs at least 2 rows" in (outcome.message or "")
 
 
 def test_a_loss_that_is_no_number(tmp_path: Path, model: Path, rows: Path) -> None:

@@ -27,7 +27,7 @@ def schedule(
         device="cpu",
         options=TrlOptions.model_validate(options),
     )
-    return Schedule.of(spec, pairs=pairs, evaluated=evaluated)
+    return Schedule.of(spec, rows=pairs, evaluated=evaluated)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,52 @@
+"""The part of TRL's configuration that all methods share."""
+
+from typing import Any, Literal
+
+from bento_service.training.devices import Device
+from bento_service.training.run_directory import RunDirectory
+from bento_service.training.spec import TrainingSpec
+
+# TRL's names of the optimizers. adamw is TRL's own default; adam is AdamW without weight decay, which is Adam.
+OPTIMIZERS = {"adamw": "adamw_torch_fused", "adam": "adamw_torch_fused", "sgd": "sgd"}
+
+
+def shared_arguments(
+    spec: TrainingSpec, run: RunDirectory, device: Device, precision: Literal["bf16", "fp16", "fp32"]
+) -> dict[str, Any]:
+    """Keyword arguments of DPOConfig, SFTConfig and their like; a recipe adds its objective."""
+    options = spec.options
+    return {
+        "output_dir": str(run.checkpoints),
+        "seed": spec.seed,
+        "use_cpu": device.kind == "cpu",
+        "bf16": precision == "bf16",
+        "fp16": precision == "fp16",
+        # The data
+        "max_length": options.max_length,
+        "train_sampling_strategy": "random" if options.shuffle else "sequential",
+        "per_device_train_batch_size": spec.batch_size,
+        "per_device_eval_batch_size": options.evaluation.batch_size or spec.batch_size,
+        "gradient_accumulation_steps": options.gradient_accumulation_steps,
+        "dataloader_pin_memory": device.kind == "cuda",
+        # The optimizer
+        "optim": OPTIMIZERS[options.optimizer.name],
+        "learning_rate": spec.learning_rate,
+        "weight_decay": options.optimizer.decay,
+        "max_grad_norm": options.optimizer.max_grad_norm,
+        "lr_scheduler_type": options.scheduler.name,
+        "warmup_steps": options.scheduler.warmup_ratio
+        if options.scheduler.warmup_steps is None
+        else options.scheduler.warmup_steps,
+        # Memory
+        "gradient_checkpointing": options.gradient_checkpointing,
+        "activation_offloading": options.activation_offloading,
+        # Evaluating and saving are asked for by ScheduleCallback; old checkpoints are deleted by EventsCallback,
+        # because the Trainer would delete one before the next is known to be whole.
+        "eval_strategy": "no",
+        "save_strategy": "no",
+        "logging_steps": options.logging.steps,
+        "logging_nan_inf_filter": False,  # a loss that is not a number must be seen
+        "include_num_input_tokens_seen": "non_padding",
+        "report_to": "none",
+        "disable_tqdm": True,
+    }

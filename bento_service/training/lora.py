@@ -1,0 +1,33 @@
+"""The adapter that is trained when ``tuning`` is "lora"."""
+
+from peft import LoraConfig
+from torch import nn
+from transformers import PreTrainedModel
+
+from bento_service.errors import InvalidRequest
+from bento_service.training.spec import LoraOptions
+
+
+def lora_config(lora: LoraOptions, model: PreTrainedModel) -> LoraConfig:
+    """The adapter. Raises InvalidRequest for target modules that the model lacks or that TRL cannot train."""
+    if lora.target_modules != "all-linear":
+        head = model.get_output_embeddings()
+        linear = {
+            name.rsplit(".", 1)[-1]
+            for name, module in model.named_modules()
+            if isinstance(module, nn.Linear) and module is not head
+        }
+        if unknown := sorted(set(lora.target_modules) - linear):
+            raise InvalidRequest(
+                f"lora.target_modules {unknown} cannot be adapted: name some of {sorted(linear)} "
+                "(TRL does not train an adapter of the output head)",
+                param="lora.target_modules",
+            )
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=lora.target_modules,
+        use_dora=lora.use_dora,
+    )

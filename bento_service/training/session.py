@@ -1,0 +1,61 @@
+"""Training with one of TRL's trainers from the run's newest checkpoint on, until it is done or told to stop."""
+
+import json
+from pathlib import Path
+from typing import Literal
+
+from transformers import Trainer
+
+from bento_service.training.callbacks import AlreadyTrained, EventsCallback, ScheduleCallback
+from bento_service.training.events import EventWriter
+from bento_service.training.run_directory import RunDirectory
+from bento_service.training.schedule import Schedule
+from bento_service.training.spec import TrainingSpec
+from bento_service.training.stop import StopRequested, StopSwitch
+
+
+def train(
+    trainer: Trainer, spec: TrainingSpec, run: RunDirectory, events: EventWriter, stop: StopSwitch
+) -> Literal["succeeded", "stopped"]:
+    """Train as scheduled, reporting through ``events``.
+
+    Returns "stopped" when a stop was requested before the last step and its evaluation were done. Raises
+    TrainingFailed.
+    """
+    schedule = Schedule.of(spec, rows=len(trainer.train_dataset), evaluated=trainer.eval_dataset is not None)
+    trainer.args.max_steps = schedule.total_steps
+    reporter = EventsCallback(events, run, schedule)
+    trainer.add_callback(ScheduleCallback(schedule, stop))
+    trainer.add_callback(reporter)
+
+    complete = run.complete_checkpoints()
+    checkpoint = complete[-1] if complete else None
+    if checkpoint is None:
+        trainer.args.eval_on_start = schedule.evaluates_before
+    else:
+        events.write("message", f"continuing from {checkpoint.name}")
+        trainer.args.eval_on_start = misses_evaluation(checkpoint, schedule)
+
+    stop.defer()
+    if stop.requested:
+        return "stopped"
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
+    except AlreadyTrained:
+        return "succeeded"
+    except StopRequested:
+        # Between two steps, or out of an evaluation: what the last step left may not be saved yet.
+        step = trainer.state.global_step
+        if step > 0 and not any(path.name == f"checkpoint-{step}" for path in run.complete_checkpoints()):
+            trainer._save_checkpoint(trainer.model, trial=None)
+            reporter.on_save(trainer.args, trainer.state, trainer.control)
+        return "stopped"
+    return "succeeded" if trainer.state.global_step >= schedule.total_steps else "stopped"
+
+
+def misses_evaluation(checkpoint: Path, schedule: Schedule) -> bool:
+    """Whether a stop left out the evaluation that was due after the checkpoint's step."""
+    state = json.loads((checkpoint / "trainer_state.json").read_bytes())
+    step = state["global_step"]
+    done = any("eval_loss" in entry and entry["step"] == step for entry in state["log_history"])
+    return schedule.evaluates_after(step) and not done
