@@ -4,6 +4,7 @@
     ├── InvalidRequest            the caller's input cannot be accepted
     │   ├── UnknownModel          no such base model on this host
     │   ├── InvalidDataset        rows that cannot be trained on; carries every problem found
+    │   ├── ImportFailed          a URL that is allowed could not be read
     │   ├── ResourcesExceeded     asks for more than this host has; the message has both numbers
     │   └── TooLarge              an upload or a body over the limit; the message has the limit
     ├── NotFound                  no such job, file or checkpoint
@@ -12,7 +13,10 @@
     │   ├── ClientIdConflict      the client id belongs to a job with another body
     │   └── TransitionRefused     the job's state does not allow this
     ├── Forbidden                 the caller may not do this
+    │   └── ImportRefused         a URL that the operator does not allow
     ├── Overloaded                try again later
+    ├── TooManyJobs               the caller has as many open jobs as it may
+    ├── InvalidSettings           the operator's settings cannot be used; a line for each
     ├── UnreadableRun             a run directory holds something that is not ours or was damaged
     └── TrainingFailed            raised inside the trainer for a cause the user can mend
 
@@ -78,6 +82,10 @@ class TooLarge(InvalidRequest):
     code = "too_large"
 
 
+class ImportFailed(InvalidRequest):
+    code = "import_failed"
+
+
 class NotFound(TrlRemoteError):
     code = "not_found"
 
@@ -102,8 +110,26 @@ class Forbidden(TrlRemoteError):
     code = "forbidden"
 
 
+class ImportRefused(Forbidden):
+    code = "import_refused"
+
+
 class Overloaded(TrlRemoteError):
     code = "overloaded"
+
+
+class TooManyJobs(TrlRemoteError):
+    code = "too_many_open_jobs"
+
+
+class InvalidSettings(TrlRemoteError):
+    """``problems`` holds a line for each setting."""
+
+    code = "invalid_settings"
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = tuple(problems)
 
 
 class UnreadableRun(TrlRemoteError):

@@ -34,14 +34,14 @@ from bento_service import __version__
 from bento_service.api.app import create_app, in_front_of
 from bento_service.api.errors import status_of
 from bento_service.api.wire import CreateJob, DpoHyperparameters, DpoMethod, JobObject, Method
-from bento_service.errors import TrlRemoteError
+from bento_service.errors import InvalidSettings, TrlRemoteError
 from bento_service.files import FileStorage
 from bento_service.jobs.job import Job
 from bento_service.jobs.keeper import SupervisorKeeper
 from bento_service.jobs.store import Store
 from bento_service.logs import configure_logs
 from bento_service.post_training import TrlPostTrainingImpl
-from bento_service.settings import get_settings
+from bento_service.settings import Settings, get_settings
 from bento_service.training.spec import TrlOptions
 
 log = structlog.get_logger("bento_service")
@@ -103,6 +103,12 @@ class TrlTrainingService:
         self._impl = TrlPostTrainingImpl(settings, self._store, files)
         self._keeper = SupervisorKeeper(settings, end_with_parent=_is_worker())
         http.state.impl = self._impl
+
+    @bentoml.on_deployment
+    @staticmethod
+    def check_settings() -> None:
+        """In BentoML's arbiter, before it starts a worker, which it would start again and again."""
+        _settings_or_exit()
 
     @bentoml.on_startup
     def start_supervisor(self) -> None:
@@ -178,11 +184,24 @@ def _for_bentoml(error: TrlRemoteError) -> BentoMLException:
     return BentoMLException(error.message, error_code=HTTPStatus(status_of(error)))
 
 
+def _settings_or_exit() -> Settings:
+    try:
+        return get_settings()
+    except InvalidSettings as error:
+        print(
+            "The service does not start, since its settings cannot be used:",
+            *error.problems,
+            sep="\n",
+            file=sys.stderr,
+        )
+        sys.exit(2)
+
+
 def main() -> int:
     """Serve in this process, without BentoML's arbiter. Returns the exit status."""
     import uvicorn
 
-    settings = get_settings()
+    settings = _settings_or_exit()
     print("Starting TRL Remote Training Service...", flush=True)
     bento: Any = TrlTrainingService  # what the decorators make of the class
     app = _announced(bento.to_asgi())

@@ -1,12 +1,31 @@
 """The service's settings: one class, read from the environment with the prefix ``TRL_``."""
 
+import difflib
+import os
+import re
 import socket
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
-from pydantic import Field, SecretStr, field_validator
+from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from bento_service.api_keys import ApiKey, parse_api_keys
+from bento_service.errors import InvalidSettings
+from bento_service.url_import.allowlist import UrlPattern, parse_private_host
+
+PREFIX = "TRL_"
+
+# Variables with our prefix that are read by others: by run_remote.yaml, and by the library TRL.
+FOREIGN_VARIABLES = frozenset(
+    {"TRL_SERVICE_URL", "TRL_SERVICE_API_KEY", "TRL_PROVIDERS_DIR", "TRL_EXPERIMENTAL_SILENCE"}
+)
+
+# What Kubernetes sets in every pod beside a Service whose name starts with "trl-".
+_SERVICE_LINK = re.compile(r"TRL_\w+_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\d+_(TCP|UDP|SCTP)(_\w+)?)?)")
 
 
 class Settings(BaseSettings):
@@ -37,18 +56,44 @@ class Settings(BaseSettings):
     )
     cpu_slots: int = Field(default=1, ge=1, description="Jobs that train at once on a host without GPUs.")
 
-    api_keys: Annotated[tuple[SecretStr, ...], NoDecode] = Field(
-        default=(), description="Accepted API keys, comma separated. None: only loopback callers are answered."
+    api_keys: Annotated[tuple[ApiKey, ...], NoDecode] = Field(
+        default=(),
+        description="Accepted API keys, NAME:KEY or KEY, comma separated, or a JSON object of names and keys. "
+        "None: only loopback callers are answered.",
     )
     allow_anonymous: bool = Field(
         default=False, description="Answer callers from other hosts although no API key is set."
     )
+    cors_origins: Annotated[tuple[str, ...], NoDecode] = Field(
+        default=(), description="Origins whose web pages may use the API from a browser, comma separated."
+    )
     hub_models: bool = Field(default=True, description="Look for models on the Hugging Face hub when not local.")
 
     max_file_bytes: int = Field(default=5 * 2**30, ge=1, description="Largest accepted upload, bytes.")
+    max_uploads: int = Field(default=16, ge=1, description="Uploads and imports at once in an API process.")
+    body_idle_seconds: float = Field(
+        default=30, gt=0, description="A request's body that sends nothing for this long is given up."
+    )
+    body_bytes_per_second: float = Field(
+        default=256, ge=0, description="A body slower than this, once body_idle_seconds have passed, is given up."
+    )
+    import_urls: Annotated[tuple[UrlPattern, ...], NoDecode] = Field(
+        default=(),
+        description="Where files may be imported from, scheme://host[:port][/path], comma separated. "
+        "None: no imports.",
+    )
+    import_private_hosts: Annotated[tuple[str, ...], NoDecode] = Field(
+        default=(), description="Hosts of import_urls that may have private addresses, comma separated."
+    )
+    import_seconds: float = Field(default=600, gt=0, description="Longest time of one import.")
     max_report_rows: int = Field(default=100, ge=1, description="Bad rows listed one by one in an answer.")
 
     max_streams: int = Field(default=100, ge=1, description="Event streams open at once in an API process.")
+
+    max_open_jobs: int = Field(default=10_000, ge=1, description="Jobs that have not ended, in all.")
+    max_open_jobs_per_key: int = Field(
+        default=1000, ge=1, description="Jobs that have not ended, per API key; callers without a key count as one."
+    )
 
     heartbeat_seconds: float = Field(default=10, gt=0, description="How often a supervisor renews its leases.")
     lease_seconds: float = Field(default=30, gt=0, description="A lease not renewed for this long is stale.")
@@ -86,9 +131,35 @@ class Settings(BaseSettings):
 
     @field_validator("api_keys", mode="before")
     @classmethod
-    def _split_keys(cls, value: object) -> object:
-        if isinstance(value, str):
-            return tuple(key.strip() for key in value.split(",") if key.strip())
+    def _parse_keys(cls, value: object) -> object:
+        return parse_api_keys(value) if isinstance(value, str) else value
+
+    @field_validator("import_urls", mode="before")
+    @classmethod
+    def _parse_patterns(cls, value: object) -> object:
+        return tuple(map(UrlPattern.parse, _entries(value))) if isinstance(value, str) else value
+
+    @field_validator("import_private_hosts", mode="before")
+    @classmethod
+    def _parse_hosts(cls, value: object) -> object:
+        return tuple(map(parse_private_host, _entries(value))) if isinstance(value, str) else value
+
+    @field_validator("cors_origins", mode="before")
+    @classmethod
+    def _parse_origins(cls, value: object) -> object:
+        return tuple(map(_origin, _entries(value))) if isinstance(value, str) else value
+
+    @field_validator("database_url", mode="after")
+    @classmethod
+    def _is_database(cls, value: SecretStr | None) -> SecretStr | None:
+        from sqlalchemy.engine import make_url
+        from sqlalchemy.exc import ArgumentError
+
+        if value is not None:
+            try:
+                make_url(value.get_secret_value())
+            except (ArgumentError, ValueError):  # neither is told on: both quote the URL and its password
+                raise ValueError("not a SQLAlchemy URL such as postgresql://user:password@host/database") from None
         return value
 
     @field_validator("home", "models_dir", mode="after")
@@ -117,5 +188,54 @@ class Settings(BaseSettings):
 
 @lru_cache(maxsize=1)
 def get_settings() -> Settings:
-    """The settings of this process, read from its environment once."""
-    return Settings()
+    """The settings of this process, read from its environment once.
+
+    Raises InvalidSettings, with a line for each variable that is misspelt or whose value cannot be used.
+    """
+    problems = list(_unknown_variables(os.environ))
+    try:
+        settings = Settings()
+    except ValidationError as error:
+        problems += [_problem(problem) for problem in error.errors(include_url=False)]
+    if problems:
+        raise InvalidSettings(problems)
+    return settings
+
+
+def _unknown_variables(environment: Mapping[str, str]) -> Iterable[str]:
+    known = {PREFIX + name.upper() for name in Settings.model_fields}
+    for name in sorted(environment):
+        # Settings are read without regard to case.
+        if not name.upper().startswith(PREFIX) or name.upper() in known | FOREIGN_VARIABLES:
+            continue
+        if _SERVICE_LINK.fullmatch(name):
+            continue
+        close = difflib.get_close_matches(name.upper(), known, n=1)
+        hint = (
+            f"did you mean {close[0]}?" if close else "unset it; docs/configuration.md lists the settings there are."
+        )
+        yield f"{name}: there is no such setting: {hint}"
+
+
+def _problem(problem: Mapping[str, Any]) -> str:
+    """One error of pydantic's as a line. The value is quoted unless it may be a secret."""
+    field = str(problem["loc"][0]) if problem["loc"] else ""
+    name = PREFIX + field.upper() if field else "TRL_*"
+    message = problem["msg"].removeprefix("Value error, ")
+    value = problem["input"]
+    shown = f"{value[:100]!r}: " if isinstance(value, str) and field not in _SECRET_FIELDS else ""
+    return f"{name}: {shown}{message[:1].lower()}{message[1:]}"
+
+
+def _entries(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _origin(text: str) -> str:
+    parts = urlsplit(text)
+    if text != "*" and (parts.scheme not in ("http", "https") or text != f"{parts.scheme}://{parts.netloc}"):
+        raise ValueError(f"{text!r} is not an origin such as https://app.example.org, without a path; * is any")
+    return text.lower()
+
+
+_SECRET_FIELDS = frozenset({"api_keys", "database_url"})

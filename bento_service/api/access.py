@@ -31,7 +31,7 @@ class AccessGuard:
     def __init__(self, app: ASGIApp, settings: Settings) -> None:
         self._app = app
         self._allow_anonymous = settings.allow_anonymous
-        self._keys = tuple(_digest(key.get_secret_value()) for key in settings.api_keys)
+        self._keys = tuple((key.name, _digest(key.secret.get_secret_value())) for key in settings.api_keys)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
