@@ -34,6 +34,7 @@ from bento_service.training.preferences import require_valid
 from bento_service.training.recipes import RECIPES
 from bento_service.training.run_directory import RunDirectory
 from bento_service.training.spec import FULL_LEARNING_RATE, LORA_LEARNING_RATE, TrainingSpec
+from bento_service.url_import.download import UrlImports
 
 # What "auto" means. beta is the value of the DPO paper and of TRL; one pass, since preference data overfits early.
 AUTO_BETA = 0.1
@@ -60,6 +61,7 @@ class TrlPostTrainingImpl:
         self._store = store
         self._files = files
         self._models = BaseModels(settings)
+        self._imports = UrlImports(settings)
         self._catalog = ModelCatalog(settings.models_path, store)
         # Between a commit of bytes and their row in the store, nobody may delete these bytes as unused.
         self._files_lock = threading.Lock()
@@ -91,6 +93,13 @@ class TrlPostTrainingImpl:
             while chunk := source.read(1 << 20):
                 incoming.write(chunk)
             return self.add_file(incoming, filename=filename, purpose=purpose)
+
+    def import_file(self, url: str, *, filename: str | None = None, purpose: str = PURPOSE) -> StoredFile:
+        """A file of what a URL answers. Raises as ``add_file`` and ``UrlImports.download`` do."""
+        require_purpose(purpose)
+        with self.receive_file() as incoming:
+            name = self._imports.download(url, incoming)
+            return self.add_file(incoming, filename=filename or name, purpose=purpose)
 
     def get_file(self, file_id: str) -> StoredFile:
         """Raises NotFound."""

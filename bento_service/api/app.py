@@ -4,15 +4,17 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
+from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Match, Route
 from starlette.types import ASGIApp
 
 from bento_service import __version__
-from bento_service.api import artifacts, files, fine_tuning, health, metrics, models
+from bento_service.api import artifacts, files, fine_tuning, health, imports, metrics, models
 from bento_service.api.access import AccessGuard
 from bento_service.api.errors import error_response, install_error_handlers
 from bento_service.api.event_stream import EventStreams
-from bento_service.api.request import BodyLimit, RequestIds
+from bento_service.api.request import REQUEST_ID, Bodies, RequestIds
+from bento_service.api.upload import Uploads
 from bento_service.post_training import TrlPostTrainingImpl
 from bento_service.settings import Settings
 
@@ -27,10 +29,11 @@ def create_app(impl: TrlPostTrainingImpl | None = None) -> FastAPI:
     app = FastAPI(title="TRL Remote Training Service", version=__version__, description=DESCRIPTION)
     app.state.impl = impl
     app.state.streams = EventStreams()
+    app.state.uploads = Uploads()
     app.state.metrics = metrics.Metrics()
     app.add_middleware(metrics.MeasuredRequests, metrics=app.state.metrics)
-    for router in (fine_tuning.router, artifacts.router, files.router, models.router, health.router, metrics.router):
-        app.include_router(router)
+    for module in (fine_tuning, artifacts, imports, files, models, health, metrics):
+        app.include_router(module.router)
     methods = ["GET", "POST", "PUT", "PATCH", "DELETE"]
     app.router.routes.append(Route("/v1/{path:path}", _no_route, methods=methods, include_in_schema=False))
     install_error_handlers(app)
@@ -40,8 +43,18 @@ def create_app(impl: TrlPostTrainingImpl | None = None) -> FastAPI:
 
 
 def in_front_of(app: ASGIApp, settings: Settings) -> ASGIApp:
-    """The app behind a request id, the access guard and the bound on bodies; the first one meets a request first."""
-    return RequestIds(AccessGuard(BodyLimit(app, settings.max_file_bytes), settings))
+    """The app behind a request id, CORS, the access guard and bounds on bodies; the first meets a request first."""
+    guarded: ASGIApp = AccessGuard(Bodies(app, settings), settings)
+    if settings.cors_origins:
+        # Before the guard: a browser asks without a key whether it may ask with one.
+        guarded = CORSMiddleware(
+            guarded,
+            allow_origins=settings.cors_origins,
+            allow_methods=("GET", "HEAD", "POST", "DELETE"),
+            allow_headers=("*",),
+            expose_headers=("content-disposition", "content-range", "etag", "retry-after", REQUEST_ID),
+        )
+    return RequestIds(guarded)
 
 
 async def _no_route(request: Request) -> JSONResponse:

@@ -15,6 +15,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from bento_service.errors import (
@@ -26,6 +27,7 @@ from bento_service.errors import (
     NotReady,
     Overloaded,
     TooLarge,
+    TooManyJobs,
     TrlRemoteError,
 )
 
@@ -39,10 +41,17 @@ _STATUS: tuple[tuple[type[TrlRemoteError], int], ...] = (
     (NotReady, 425),
     (Conflict, 409),
     (Forbidden, 403),
+    (TooManyJobs, 429),
     (Overloaded, 503),
 )
 
-_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 409: "conflict_error"}
+_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    409: "conflict_error",
+    429: "rate_limit_error",
+}
 
 # What the clients of OpenAI's API read to decide whether to send a request again: none of these heals by itself.
 NO_RETRY = {"x-should-retry": "false"}
@@ -50,6 +59,8 @@ NO_RETRY = {"x-should-retry": "false"}
 
 # What a caller is told to wait when the service is overloaded, or what was asked for is not ready.
 RETRY_AFTER_SECONDS = 5
+# Until a job has ended; the longest that OpenAI's client waits.
+JOB_RETRY_AFTER_SECONDS = 60
 
 
 class RowProblemBody(BaseModel):
@@ -65,7 +76,7 @@ class ErrorDetail(BaseModel):
     message: str = Field(description="What happened, to what, and what to do.")
     type: str = Field(
         description="invalid_request_error, authentication_error, permission_error, not_found_error, "
-        "conflict_error or server_error."
+        "conflict_error, rate_limit_error or server_error."
     )
     param: str | None = Field(default=None, description="The field of the request it is about, as a dotted path.")
     code: str | None = Field(default=None, description="Stable, machine-readable.")
@@ -111,6 +122,8 @@ def answer(error: TrlRemoteError) -> JSONResponse:
     headers = NO_RETRY if isinstance(error, Conflict) else None
     if isinstance(error, Overloaded | NotReady):
         headers = {"retry-after": str(RETRY_AFTER_SECONDS)}
+    elif isinstance(error, TooManyJobs):
+        headers = {"retry-after": str(JOB_RETRY_AFTER_SECONDS)}
     return error_response(status, error.message, code=error.code, param=error.param, headers=headers, **more)
 
 
@@ -161,6 +174,9 @@ class UnexpectedErrors:
 
         try:
             await self._app(scope, receive, watch)
+        except ClientDisconnect:
+            # In the middle of its body; there is nobody to answer.
+            log.info("request.abandoned", method=scope["method"], path=scope["path"])
         except Exception as error:
             log.error("request.crashed", method=scope["method"], path=scope["path"], exc_info=error)
             if started:

@@ -37,11 +37,13 @@ _FORM: dict[str, Any] = {
 }
 
 
-@router.post("", summary="Upload a file", responses=error_answers(400, 413), openapi_extra=_FORM)
+@router.post("", summary="Upload a file", responses=error_answers(400, 408, 413, 503), openapi_extra=_FORM)
 async def upload_file(request: Request, impl: Impl) -> FileObject:
     """Store a data file. It is on disk when this answers; its rows are checked when a job is submitted."""
-    incoming = await to_thread.run_sync(impl.receive_file)
-    with incoming:
+    with (
+        request.app.state.uploads.place(impl.settings.max_uploads),
+        await to_thread.run_sync(impl.receive_file) as incoming,
+    ):
         form = UploadForm(request.headers.get("content-type", ""), incoming)
         await form.read(request.stream())
         purpose = form.fields.get("purpose", PURPOSE)

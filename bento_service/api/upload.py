@@ -1,13 +1,15 @@
 """Reading a multipart upload as it arrives: the file's bytes go straight to the storage, never into memory."""
 
-from collections.abc import AsyncIterator
+import threading
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from anyio import to_thread
 from python_multipart.exceptions import MultipartParseError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
-from bento_service.errors import InvalidRequest
+from bento_service.errors import InvalidRequest, Overloaded
 from bento_service.files import IncomingFile
 
 # Small fields, such as purpose; far more than any of them needs.
@@ -15,6 +17,30 @@ MAX_FIELD_BYTES = 16 * 1024
 MAX_PARTS = 16
 # Bytes collected before they are handed to the thread that writes them.
 BLOCK_BYTES = 1 << 20
+
+
+class Uploads:
+    """The uploads and imports that one API process takes at once: each holds a file open, an import a thread too."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._open = 0
+
+    @contextmanager
+    def place(self, limit: int) -> Iterator[None]:
+        """Raises Overloaded when ``limit`` are open already."""
+        with self._lock:
+            if self._open >= limit:
+                raise Overloaded(
+                    f"{limit} files are being uploaded to this service, and it takes no more at once "
+                    "(TRL_MAX_UPLOADS): try again later."
+                )
+            self._open += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._open -= 1
 
 
 @dataclass

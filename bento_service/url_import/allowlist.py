@@ -92,8 +92,8 @@ class UrlPattern:
             host = "*" + host[1:]
         if url.scheme not in _PORTS or not host or "*" in host[1:] or (wildcard and host[1:2] not in ("", ".")):
             raise ValueError(
-                f"{text!r} is not scheme://host[:port][/path] with the scheme https or http and as host a name, *.name "
-                "or *"
+                f"{text!r} is not scheme://host[:port][/path]: the scheme is https or http, the host a name, *.name, "
+                "or * for any"
             )
         if url.userinfo or url.query or url.fragment or ".." in url.path.split("/"):
             raise ValueError(f"{text!r} holds more than scheme, host, port and path")
