@@ -3,7 +3,7 @@
     TrlRemoteError
     ├── InvalidRequest            the caller's input cannot be accepted
     │   ├── UnknownModel          no such base model on this host
-    │   ├── InvalidDataset        rows that cannot be trained on; carries every problem found
+    │   ├── InvalidDataset        rows that cannot be trained on; carries the report of the file
     │   ├── ImportFailed          a URL that is allowed could not be read
     │   ├── ResourcesExceeded     asks for more than this host has; the message has both numbers
     │   └── TooLarge              an upload or a body over the limit; the message has the limit
@@ -24,7 +24,8 @@ Each message says what happened, to what, and what the caller can do.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+
+from bento_service.training.dataset_report import DatasetReport, RowProblem
 
 
 class TrlRemoteError(Exception):
@@ -46,32 +47,19 @@ class UnknownModel(InvalidRequest):
     code = "model_not_found"
 
 
-@dataclass(frozen=True, kw_only=True)
-class RowProblem:
-    """One defect of one row of a data file."""
-
-    row: int  # 1-based row number in the file
-    field: str | None  # dotted path inside the row, None for the whole row
-    reason: str
-    value: str | None = None  # the offending value, shortened
-
-
 class InvalidDataset(InvalidRequest):
-    """``problems`` holds every defect up to the reporting cap; ``total`` counts all of them."""
+    """``report`` says what is wrong with each row; None when it is not about rows."""
 
     code = "invalid_dataset"
 
-    def __init__(
-        self,
-        message: str,
-        *,
-        param: str | None = None,
-        problems: Sequence[RowProblem] = (),
-        total: int = 0,
-    ) -> None:
+    def __init__(self, message: str, *, param: str | None = None, report: DatasetReport | None = None) -> None:
         super().__init__(message, param=param)
-        self.problems = tuple(problems)
-        self.total = total or len(self.problems)
+        self.report = report
+
+    @property
+    def problems(self) -> tuple[RowProblem, ...]:
+        """Every defect up to the reporting cap; ``report`` counts all of them."""
+        return () if self.report is None else self.report.problems
 
 
 class ResourcesExceeded(InvalidRequest):

@@ -33,7 +33,7 @@ from bento_service.training import manifest
 from bento_service.training.preferences import require_valid
 from bento_service.training.recipes import RECIPES
 from bento_service.training.run_directory import RunDirectory
-from bento_service.training.spec import FULL_LEARNING_RATE, LORA_LEARNING_RATE, TrainingSpec
+from bento_service.training.spec import FULL_LEARNING_RATE, LORA_LEARNING_RATE, MethodName, TrainingSpec
 from bento_service.url_import.download import UrlImports
 
 # What "auto" means. beta is the value of the DPO paper and of TRL; one pass, since preference data overfits early.
@@ -138,9 +138,9 @@ class TrlPostTrainingImpl:
         if request.validation_file is not None:
             validation_file = self._data_path(request.validation_file, "validation_file")
         model_path = self._models.locate(request.model)
-        self._require_valid(training_file, "training_file")
+        self._require_valid(training_file, "training_file", request.method)
         if validation_file is not None:
-            self._require_valid(validation_file, "validation_file")
+            self._require_valid(validation_file, "validation_file", request.method)
 
         short_id = secrets.token_hex(12)
         spec = resolve_spec(
@@ -347,10 +347,9 @@ class TrlPostTrainingImpl:
                 param="trl.precision",
             )
 
-    def _require_valid(self, data: Path, param: str) -> None:
-        # What a compressed file unpacks to is bound as an upload is.
+    def _require_valid(self, data: Path, param: str, method: MethodName) -> None:
         limits = self.settings
-        require_valid(data, param=param, cap=limits.max_report_rows, max_bytes=limits.max_file_bytes)
+        require_valid(data, param, method=method, cap=limits.max_report_rows, bounds=limits.row_bounds)
 
     def _data_path(self, file_id: str, param: str) -> Path:
         try:

@@ -15,6 +15,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from bento_service.api_keys import ApiKey, parse_api_keys
 from bento_service.errors import InvalidSettings
+from bento_service.training.row_bounds import ROW_BYTES, ROWS, Bounds
 from bento_service.url_import.allowlist import UrlPattern, parse_private_host
 
 PREFIX = "TRL_"
@@ -86,6 +87,12 @@ class Settings(BaseSettings):
         default=(), description="Hosts of import_urls that may have private addresses, comma separated."
     )
     import_seconds: float = Field(default=600, gt=0, description="Longest time of one import.")
+    max_row_bytes: int = Field(
+        default=ROW_BYTES,
+        ge=1024,
+        description="Longest row of a data file, bytes; one is held in memory whole.",
+    )
+    max_rows: int = Field(default=ROWS, ge=1, description="Most rows of a data file.")
     max_report_rows: int = Field(default=100, ge=1, description="Bad rows listed one by one in an answer.")
 
     max_streams: int = Field(default=100, ge=1, description="Event streams open at once in an API process.")
@@ -170,6 +177,11 @@ class Settings(BaseSettings):
     @property
     def models_path(self) -> Path:
         return self.models_dir or self.home / "models"
+
+    @property
+    def row_bounds(self) -> Bounds:
+        """What is read of a data file. What a compressed one unpacks to is bound as an upload is."""
+        return Bounds(row_bytes=self.max_row_bytes, rows=self.max_rows, unpacked_bytes=self.max_file_bytes)
 
     @property
     def files_path(self) -> Path:

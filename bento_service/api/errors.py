@@ -2,7 +2,7 @@
 
     {"error": {"message": ..., "type": ..., "param": ..., "code": ...}}
 
-An InvalidDataset adds ``problems`` (the rows, up to the reporting cap) and ``total_problems``.
+An InvalidDataset adds the report of the file (``DatasetReport.to_json``).
 """
 
 import difflib
@@ -18,6 +18,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from bento_service.api.dataset_report import DatasetReportBody
 from bento_service.errors import (
     Conflict,
     Forbidden,
@@ -63,15 +64,6 @@ RETRY_AFTER_SECONDS = 5
 JOB_RETRY_AFTER_SECONDS = 60
 
 
-class RowProblemBody(BaseModel):
-    """One defect of one row of a data file."""
-
-    row: int = Field(description="Number of the row in the file, from 1.")
-    field: str | None = Field(description="Dotted path inside the row; null for the whole row.")
-    reason: str
-    value: str | None = Field(description="The offending value, shortened.")
-
-
 class ErrorDetail(BaseModel):
     message: str = Field(description="What happened, to what, and what to do.")
     type: str = Field(
@@ -80,14 +72,16 @@ class ErrorDetail(BaseModel):
     )
     param: str | None = Field(default=None, description="The field of the request it is about, as a dotted path.")
     code: str | None = Field(default=None, description="Stable, machine-readable.")
-    problems: list[RowProblemBody] | None = Field(default=None, description="Only with code invalid_dataset.")
-    total_problems: int | None = Field(default=None, description="All problems found; `problems` may list fewer.")
+
+
+class DatasetErrorDetail(ErrorDetail, DatasetReportBody):
+    """With code invalid_dataset: the error, and the report of the file."""
 
 
 class ErrorBody(BaseModel):
     """The body of every answer that is not a success."""
 
-    error: ErrorDetail
+    error: ErrorDetail | DatasetErrorDetail
 
 
 def error_response(
@@ -114,11 +108,8 @@ def answer(error: TrlRemoteError) -> JSONResponse:
     """A domain error as a response."""
     status = status_of(error)
     more: dict[str, Any] = {}
-    if isinstance(error, InvalidDataset):
-        more["problems"] = [
-            {"row": p.row, "field": p.field, "reason": p.reason, "value": p.value} for p in error.problems
-        ]
-        more["total_problems"] = error.total
+    if isinstance(error, InvalidDataset) and error.report is not None:
+        more = error.report.to_json()
     headers = NO_RETRY if isinstance(error, Conflict) else None
     if isinstance(error, Overloaded | NotReady):
         headers = {"retry-after": str(RETRY_AFTER_SECONDS)}

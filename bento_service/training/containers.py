@@ -19,7 +19,7 @@ from pydantic_core import from_json
 from bento_service.training import row_bounds
 from bento_service.training.dataset_report import Defect
 from bento_service.training.json_rows import json_array, json_lines
-from bento_service.training.row_bounds import NumberedRow, Unreadable
+from bento_service.training.row_bounds import Bounds, NumberedRow, Unreadable
 from bento_service.training.table_rows import csv_rows, parquet_rows
 
 ContainerName = Literal["jsonl", "json", "csv", "parquet"]
@@ -71,14 +71,11 @@ def identify(path: Path, columns: Collection[str]) -> Container:
     return Container(name, gzipped, reason)
 
 
-def read(
-    path: Path, container: Container, columns: Collection[str], *, max_bytes: int | None = None
-) -> Iterator[NumberedRow]:
+def read(path: Path, container: Container, columns: Collection[str], bounds: Bounds) -> Iterator[NumberedRow]:
     """Number and content of every row. A Defect stands for a row that is none, and for what ends the reading.
 
     Numbers are lines of JSON Lines, else they count rows from 1 (without CSV's header). Of Parquet only ``columns``
-    are read, and without the ones that are null. ``max_bytes`` bounds what a compressed file (gzip, Parquet) may
-    unpack to. Raises OSError when the file cannot be read.
+    are read, and without the ones that are null. Raises OSError when the file cannot be read.
     """
     number = 0
     try:
@@ -90,12 +87,12 @@ def read(
             file: BinaryIO = stack.enter_context(path.open("rb"))
             if container.gzipped:
                 file = stack.enter_context(
-                    cast(BinaryIO, io.BufferedReader(_Unpacked(file, max_bytes), row_bounds.CHUNK_BYTES))
+                    cast(BinaryIO, io.BufferedReader(_Unpacked(file, bounds), row_bounds.CHUNK_BYTES))
                 )
             if container.name == "parquet":
-                rows = parquet_rows(file, columns, gzipped=container.gzipped, max_bytes=max_bytes)
+                rows = parquet_rows(file, columns, bounds, gzipped=container.gzipped)
             else:
-                rows = {"jsonl": json_lines, "json": json_array, "csv": csv_rows}[container.name](file)
+                rows = {"jsonl": json_lines, "json": json_array, "csv": csv_rows}[container.name](file, bounds)
             for number, row in rows:
                 yield number, row
     except Unreadable as error:
@@ -103,12 +100,12 @@ def read(
 
 
 class _Unpacked(io.RawIOBase):
-    """A gzipped file's content. Raises Unreadable when it is broken or more than ``max_bytes``."""
+    """A gzipped file's content. Raises Unreadable when it is broken or out of bounds."""
 
-    def __init__(self, file: BinaryIO, max_bytes: int | None) -> None:
+    def __init__(self, file: BinaryIO, bounds: Bounds) -> None:
         self._gzip = gzip.GzipFile(fileobj=file, mode="rb")
-        self._room = max_bytes
-        self._max_bytes = max_bytes
+        self._bounds = bounds
+        self._size = 0
 
     def readable(self) -> bool:
         return True
@@ -119,10 +116,8 @@ class _Unpacked(io.RawIOBase):
             size = self._gzip.readinto1(buffer)  # what comes before a break is given, too
         except (gzip.BadGzipFile, EOFError, zlib.error) as error:
             raise Unreadable(f"is where the gzip data breaks: {error}") from error
-        if self._room is not None and self._max_bytes is not None:
-            self._room -= size
-            if self._room < 0:
-                raise Unreadable(row_bounds.unpacks_to_more(self._max_bytes), "too_long")
+        self._size += size
+        self._bounds.require_unpacked(self._size)
         return size
 
     def close(self) -> None:

@@ -7,6 +7,7 @@ from datasets import Dataset
 
 from bento_service.errors import InvalidDataset
 from bento_service.training.preferences import load_rows, require_valid
+from bento_service.training.row_bounds import UNBOUNDED
 from bento_service.training.run_directory import RunDirectory
 from bento_service.training.spec import TrainingSpec
 
@@ -39,8 +40,8 @@ def read_data(spec: TrainingSpec, run: RunDirectory) -> TrainingData:
 
 def read_rows(file: Path, param: str, spec: TrainingSpec, run: RunDirectory) -> tuple[Dataset, bool]:
     """The rows of one file, and whether they are messages."""
-    # Its size was checked when the job was submitted.
-    require_valid(file, param, max_bytes=None, method=spec.method)
+    # Its bounds were checked when the job was submitted.
+    require_valid(file, param, bounds=UNBOUNDED, method=spec.method)
     dataset = Dataset.from_generator(load_rows, gen_kwargs={"path": file}, cache_dir=str(run.cache))
     return dataset, any(isinstance(value, list) for value in dataset[0].values())
 

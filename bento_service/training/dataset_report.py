@@ -3,18 +3,17 @@
 import json
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, NamedTuple
 
-from bento_service.errors import RowProblem
-
 SHOWN_VALUE = 80  # characters of an offending value that a problem repeats
+SHOWN_MESSAGE = 500  # and of names that a file gives: of columns, of fields
 
 Row = dict[str, Any]
 ABSENT = object()
 
-# What a file of rows is for: pairs for "dpo", conversations and completions for "supervised".
-Purpose = Literal["dpo", "supervised"]
+# The methods of training that rows can be for.
+Method = Literal["dpo", "supervised", "kto"]
 
 DefectCode = Literal[
     "not_json",
@@ -22,6 +21,7 @@ DefectCode = Literal[
     "not_an_object",
     "too_long",
     "too_deep",
+    "too_many_rows",
     "unreadable",  # the container is broken or unknown; what comes after is not read
     "cells",  # a CSV row with more or fewer cells than the header
     "mixed_formats",
@@ -49,16 +49,46 @@ class Defect(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DatasetReport:
-    """What a file holds. ``problems`` and ``warnings`` are listed up to the cap; the totals count all of them.
+class RowProblem:
+    """One defect of one row of a data file."""
 
-    Row numbers are lines of JSON Lines; in the other containers they count the rows, from 1 and without CSV's header.
+    row: int  # from 1: lines of JSON Lines; in the other containers rows, without CSV's header
+    field: str | None  # dotted path inside the row, None for the whole row
+    code: DefectCode
+    message: str  # what is wrong, said of the row's field, or of the row: "is empty"
+    value: str | None = None  # the offending value, shortened to SHOWN_VALUE characters
+
+    def sentence(self) -> str:
+        return f"row {self.row}" + (f", {self.field}" if self.field else "") + f" {self.message}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetReport:
+    """What a file holds, and whether jobs of ``method`` can train on it.
+
+    ``problems`` and ``warnings`` are listed up to the cap, in the order of the rows; the totals and the counts
+    have all of them. ``to_json`` gives the same names and values:
+
+        {"valid": false,
+         "refusal": "has 1 of 3 rows that cannot be trained on: row 2, chosen is empty",
+         "method": "dpo", "container": "jsonl", "gzipped": false,
+         "format": "text", "formats": {"text": 3}, "methods": ["dpo"],
+         "rows": 3, "bad_rows": 1,
+         "problems": [{"row": 2, "field": "chosen", "code": "empty", "message": "is empty", "value": ""}],
+         "total_problems": 1,
+         "counts": {"empty": 1, "duplicate": 1},
+         "warnings": [{"row": 3, "field": null, "code": "duplicate", "message": "says the same as row 1",
+                       "value": null}],
+         "total_warnings": 1}
     """
 
+    refusal: str | None  # why such jobs cannot, said of the file; None when they can
+    method: Method  # what the file was checked for
     container: str | None  # jsonl, json, csv or parquet; None for an empty file or an unknown container
     gzipped: bool
-    format: str | None  # of the first row that has one; None when no row has
-    purpose: Purpose | None  # the method whose jobs can train on this format
+    format: str | None  # the one that most rows have, of equally many the first; None when no row has one
+    formats: dict[str, int]  # rows by format, of those that have one; good files have one format
+    methods: tuple[Method, ...]  # those that can train on ``format``
     rows: int  # rows found, good and bad
     bad_rows: int
     problems: tuple[RowProblem, ...]
@@ -66,6 +96,13 @@ class DatasetReport:
     counts: dict[DefectCode, int]  # problems and warnings by code
     warnings: tuple[RowProblem, ...]
     total_warnings: int
+
+    @property
+    def valid(self) -> bool:
+        return self.refusal is None
+
+    def to_json(self) -> dict[str, Any]:
+        return {"valid": self.valid} | asdict(self)
 
 
 @dataclass(kw_only=True)
@@ -97,19 +134,23 @@ class Findings:
 
 def problem_of(row: int, defect: Defect) -> RowProblem:
     """The defect of one row as an answer shows it."""
-    if defect.value is ABSENT:
-        return RowProblem(row=row, field=defect.field, reason=defect.reason)
-    shown = defect.value if isinstance(defect.value, str) else json.dumps(defect.value, default=str)
-    if len(shown) > SHOWN_VALUE:
-        shown = shown[: SHOWN_VALUE - 3] + "..."
-    # An answer that repeats a lone surrogate could not be encoded itself.
-    value = shown.encode("utf-8", "replace").decode()
-    return RowProblem(row=row, field=defect.field, reason=defect.reason, value=value)
+    value = None
+    if defect.value is not ABSENT:
+        value = shortened(defect.value if isinstance(defect.value, str) else json.dumps(defect.value, default=str))
+    return RowProblem(
+        row=row,
+        field=None if defect.field is None else shortened(defect.field, SHOWN_MESSAGE),
+        code=defect.code,
+        message=shortened(defect.reason, SHOWN_MESSAGE),
+        value=value,
+    )
 
 
-def sentence(problem: RowProblem) -> str:
-    place = f"row {problem.row}" + (f", {problem.field}" if problem.field else "")
-    return f"{place} {problem.reason}"
+def shortened(text: str, length: int = SHOWN_VALUE) -> str:
+    """A text out of a file as an answer can repeat it: a lone surrogate could not be encoded."""
+    if len(text) > length:
+        text = text[: length - 3] + "..."
+    return text.encode("utf-8", "replace").decode()
 
 
 def kind(value: object) -> str:

@@ -10,17 +10,18 @@ from pydantic_core import from_json
 
 from bento_service.training import row_bounds
 from bento_service.training.dataset_report import Defect, Row, kind
-from bento_service.training.row_bounds import NumberedRow, Unreadable
+from bento_service.training.row_bounds import MAX_DEPTH, Bounds, NumberedRow, Unreadable
 
 
-def json_lines(file: BinaryIO) -> Iterator[NumberedRow]:
+def json_lines(file: BinaryIO, bounds: Bounds) -> Iterator[NumberedRow]:
     number = 0
-    while line := file.readline(row_bounds.MAX_ROW_BYTES + 1):
+    while line := file.readline(bounds.row_bytes + 1):
         number += 1
-        if len(line) > row_bounds.MAX_ROW_BYTES:
+        bounds.require_number(number)
+        if len(line) > bounds.row_bytes:
             while line and not line.endswith(b"\n"):
                 line = file.readline(row_bounds.CHUNK_BYTES)
-            yield number, row_bounds.too_long()
+            yield number, bounds.too_long()
             continue
         if number == 1:
             line = line.removeprefix(codecs.BOM_UTF8)
@@ -38,7 +39,7 @@ def json_lines(file: BinaryIO) -> Iterator[NumberedRow]:
 _TOKEN = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"|["\[\]{},]', re.DOTALL)
 
 
-def json_array(file: BinaryIO) -> Iterator[NumberedRow]:
+def json_array(file: BinaryIO, bounds: Bounds) -> Iterator[NumberedRow]:
     """The items of an array, each cut out by its brackets and parsed alone."""
     buffer = file.read(row_bounds.CHUNK_BYTES).removeprefix(codecs.BOM_UTF8).lstrip()
     start = position = 1  # after the bracket that opens the array
@@ -56,7 +57,8 @@ def json_array(file: BinaryIO) -> Iterator[NumberedRow]:
             elif mark == 0x2C:  # a comma
                 if depth == 0:
                     number += 1
-                    yield number, _parse_item(buffer[start : token.start()])
+                    bounds.require_number(number)
+                    yield number, _parse_item(buffer[start : token.start()], bounds)
                     start = token.end()
             elif depth > 0:
                 depth -= 1
@@ -64,16 +66,15 @@ def json_array(file: BinaryIO) -> Iterator[NumberedRow]:
                 item = buffer[start : token.start()]
                 if number or item.strip():
                     number += 1
-                    yield number, _parse_item(item)
+                    bounds.require_number(number)
+                    yield number, _parse_item(item, bounds)
                 if mark != 0x5D:
                     raise Unreadable("is not JSON: a } closes the array", "not_json")
                 _require_end(file, buffer[token.end() :])
                 return
         scanned = len(buffer) if open_string is None else open_string
-        if len(buffer) - start > row_bounds.MAX_ROW_BYTES:
-            raise Unreadable(
-                f"{row_bounds.too_long().reason}, or lacks a quote or a bracket; nothing after it is read", "too_long"
-            )
+        if len(buffer) - start > bounds.row_bytes:
+            raise bounds.endless("a quote or a bracket")
         # As much again as is kept, so that a long item is not scanned over and over.
         chunk = file.read(max(row_bounds.CHUNK_BYTES, len(buffer) - start))
         if not chunk:
@@ -81,9 +82,9 @@ def json_array(file: BinaryIO) -> Iterator[NumberedRow]:
         buffer, position, start = buffer[start:] + chunk, scanned - start, 0
 
 
-def _parse_item(item: bytes) -> Row | Defect:
-    if len(item) > row_bounds.MAX_ROW_BYTES:
-        return row_bounds.too_long()
+def _parse_item(item: bytes, bounds: Bounds) -> Row | Defect:
+    if len(item) > bounds.row_bytes:
+        return bounds.too_long()
     if not item.strip():
         return Defect("not_json", None, "is not JSON: nothing between two commas, or after the last one")
     return parse_row(item)
@@ -102,7 +103,7 @@ def parse_row(text: bytes) -> Row | Defect:
         row = from_json(text, allow_inf_nan=False, cache_strings="keys")
     except ValueError as error:
         if "recursion limit" in str(error):
-            return Defect("too_deep", None, "is nested too deep", _shown(text))
+            return _too_deep(text)
         row = _parse_slowly(text)
     if not isinstance(row, dict | Defect):
         return Defect("not_an_object", None, f"must be a JSON object, not {kind(row)}", row)
@@ -117,11 +118,11 @@ def _parse_slowly(text: bytes) -> object:
         return Defect("not_utf8", None, f"is not UTF-8 at byte {error.start}", _shown(text))
     try:
         value = json.loads(decoded, parse_constant=_refuse_constant)
-        return next(_lone_surrogates(value), value)
+        return _too_deep(text) if _is_deeper(value, MAX_DEPTH) else next(_lone_surrogates(value), value)
     except json.JSONDecodeError as error:
         return Defect("not_json", None, f"is not JSON: {error.msg} at column {error.colno}", _shown(text))
     except RecursionError:
-        return Defect("too_deep", None, "is nested too deep", _shown(text))
+        return _too_deep(text)
     except ValueError as error:  # NaN, or a number too long
         return Defect("not_json", None, f"is not JSON: {error}", _shown(text))
 
@@ -141,6 +142,16 @@ def _lone_surrogates(value: object, place: str = "") -> Iterator[Defect]:
         for name, item in value.items():
             yield from _lone_surrogates(name, place)
             yield from _lone_surrogates(item, f"{place}.{name}".lstrip("."))
+
+
+def _is_deeper(value: object, levels: int) -> bool:
+    if isinstance(value, dict):
+        value = list(value.values())
+    return isinstance(value, list) and (levels == 0 or any(_is_deeper(item, levels - 1) for item in value))
+
+
+def _too_deep(text: bytes) -> Defect:
+    return Defect("too_deep", None, f"is nested too deep: more than {MAX_DEPTH} levels", _shown(text))
 
 
 def _shown(text: bytes) -> str:

@@ -1,7 +1,7 @@
 """Checking a data file row by row, and reading it for a recipe.
 
-``containers`` makes rows of a file, ``row_formats`` knows what rows may hold. All rows of a file have one format;
-columns that are not part of it are ignored.
+``containers`` makes rows of a file, ``row_formats`` knows what rows may hold, ``row_census`` which format a file has.
+All rows of a file have one format; columns that are not part of it are ignored.
 """
 
 from collections.abc import Hashable, Iterator
@@ -9,16 +9,10 @@ from pathlib import Path
 
 from bento_service.errors import InvalidDataset
 from bento_service.training import containers
-from bento_service.training.dataset_report import (
-    DatasetReport,
-    Defect,
-    Findings,
-    Purpose,
-    Row,
-    problem_of,
-    sentence,
-)
-from bento_service.training.row_formats import COLUMNS, FORMATS, Format, format_of
+from bento_service.training.dataset_report import DatasetReport, Defect, Findings, Method, Row, problem_of
+from bento_service.training.row_bounds import DEFAULT_BOUNDS, UNBOUNDED, Bounds
+from bento_service.training.row_census import Census, Tally
+from bento_service.training.row_formats import COLUMNS, FORMATS, format_of
 
 SHOWN_PROBLEMS = 3  # problems written out in the message of InvalidDataset
 
@@ -26,41 +20,46 @@ SHOWN_PROBLEMS = 3  # problems written out in the message of InvalidDataset
 # them the row's digest.
 MAX_DIGESTS = 1_000_000
 
-# What a compressed file may unpack to, by default as much as the default of TRL_MAX_FILE_BYTES.
-MAX_UNPACKED_BYTES = 5 * 2**30
 
+def check_file(
+    path: Path, *, method: Method = "dpo", cap: int = 100, bounds: Bounds = DEFAULT_BOUNDS
+) -> DatasetReport:
+    """Check every row of a data file for jobs of ``method``, holding one row in memory at a time.
 
-def check_file(path: Path, *, cap: int = 100, max_bytes: int | None = MAX_UNPACKED_BYTES) -> DatasetReport:
-    """Check every row of a data file, holding one row in memory at a time.
-
-    ``cap`` bounds the problems that are listed, ``max_bytes`` what a compressed file may unpack to (None: no bound).
-    Raises OSError when the file cannot be read; everything wrong inside it is in the report.
+    ``cap`` bounds the problems that are listed, ``bounds`` what is read at all. Raises OSError when the file cannot be
+    read; everything wrong inside it is in the report.
     """
     container = containers.identify(path, COLUMNS)
-    findings = Findings(cap=cap)
+    census = Census(cap)
     seen: dict[int, int] = {}
-    first: tuple[int, Format] | None = None
+    tally: Tally | None = None
     rows = 0
-    for number, row in containers.read(path, container, COLUMNS, max_bytes=max_bytes):
+    for number, row in containers.read(path, container, COLUMNS, bounds):
         rows += 1
         if isinstance(row, Defect):
-            findings.refuse(number, [row])
+            census.add_broken(number, row)
             continue
         shape = format_of(row)
-        if first is None:
-            first = (number, shape)
-        if shape is not first[1]:
-            reason = f"is {shape.name} although row {first[0]} is {first[1].name}: use one format"
-            findings.refuse(number, [Defect("mixed_formats", None, reason)])
-        elif defects := shape.defects(row):
-            findings.refuse(number, defects)
-        elif original := _first_like(shape.identity(row), number, seen):
-            findings.warn(number, Defect("duplicate", None, f"says the same as row {original}"))
+        if shape is None:
+            census.add_shapeless(number, row)
+            continue
+        if tally is None or shape is not tally.shape:
+            tally = census.tally(shape)
+        tally.add(number)
+        if defects := shape.defects(row):
+            tally.findings.refuse(number, defects)
+        elif original := _first_like((shape.name, shape.identity(row)), number, seen):
+            tally.findings.warn(number, Defect("duplicate", None, f"says the same as row {original}"))
+    wanted = next(shape for shape in FORMATS if method in shape.methods)
+    findings = census.findings(wanted)
     return DatasetReport(
+        refusal=_refusal(census, findings, rows, method),
+        method=method,
         container=container.name,
         gzipped=container.gzipped,
-        format=first[1].name if first else None,
-        purpose=first[1].purpose if first else None,
+        format=census.format.name if census.format else None,
+        formats=census.formats,
+        methods=census.format.methods if census.format else (),
         rows=rows,
         bad_rows=findings.bad_rows,
         problems=tuple(findings.problems),
@@ -75,57 +74,65 @@ def require_valid(
     path: Path,
     param: str = "training_file",
     *,
+    method: Method = "dpo",
     cap: int = 100,
-    max_bytes: int | None = MAX_UNPACKED_BYTES,
-    method: Purpose = "dpo",
+    bounds: Bounds = DEFAULT_BOUNDS,
 ) -> DatasetReport:
-    """The report of a file that jobs of ``method`` can train on.
+    """The report of a file that jobs of ``method`` can train on; the arguments are those of ``check_file``.
 
-    Raises InvalidDataset otherwise: defects, no rows, rows for another method. ``param`` is the request field that
-    named the file; ``cap`` and ``max_bytes`` are those of ``check_file``.
+    Raises InvalidDataset, with the report, otherwise: defects, no rows, rows for another method. ``param`` is the
+    request field that named the file.
     """
-    report = check_file(path, cap=cap, max_bytes=max_bytes)
-    if report.rows == 0:
-        raise InvalidDataset(f"{param} is empty: it needs at least one row with {_wanted(method)}", param=param)
-    if report.purpose is not None and report.purpose != method:
-        raise InvalidDataset(
-            f"{param} holds rows of the format {report.format}, which are for {report.purpose} jobs: "
-            f"a {method} job needs {_wanted(method)}",
-            param=param,
-            problems=report.problems,
-            total=report.total_problems,
-        )
-    if report.total_problems:
-        shown = "; ".join(sentence(problem) for problem in report.problems[:SHOWN_PROBLEMS])
-        more = report.total_problems - min(SHOWN_PROBLEMS, len(report.problems))
-        raise InvalidDataset(
-            f"{param}: {report.bad_rows} of {report.rows} rows cannot be trained on: {shown}"
-            + (f"; and {more} more problems" if more else ""),
-            param=param,
-            problems=report.problems,
-            total=report.total_problems,
-        )
+    report = check_file(path, method=method, cap=cap, bounds=bounds)
+    if report.refusal is not None:
+        raise InvalidDataset(f"{param} {report.refusal}", param=param, report=report)
     return report
 
 
 def load_rows(path: Path) -> Iterator[Row]:
     """The rows of a checked file in TRL's form: the format's columns only, messages of role and content only.
 
-    Raises InvalidDataset for a row that is none, KeyError or TypeError for another defect that ``check_file`` would
-    report.
+    Raises InvalidDataset for a row that is none or has no format, KeyError or TypeError for another defect that
+    ``check_file`` would report.
     """
     container = containers.identify(path, COLUMNS)
-    for number, row in containers.read(path, container, COLUMNS):
+    for number, row in containers.read(path, container, COLUMNS, UNBOUNDED):
         if isinstance(row, Defect):
-            problem = problem_of(number, row)
-            raise InvalidDataset(sentence(problem), problems=[problem])
-        yield format_of(row).for_trl(row)
+            raise InvalidDataset(problem_of(number, row).sentence())
+        shape = format_of(row)
+        if shape is None:
+            raise InvalidDataset(f"row {number} has no column that tells its format")
+        yield shape.for_trl(row)
 
 
-def _wanted(method: Purpose) -> str:
+def _refusal(census: Census, findings: Findings, rows: int, method: Method) -> str | None:
+    """Why jobs of ``method`` cannot train on the file; None when they can."""
+    shape = census.format
+    if rows == 0:
+        return f"is empty: it needs at least one row with {_wanted(method)}"
+    if shape is not None and method not in shape.methods:
+        fitting = " or ".join(shape.methods)
+        return (
+            f"holds rows of the format {shape.name}, which are for {fitting} jobs: a {method} job needs "
+            f"{_wanted(method)}. Set the method to {fitting}, or give other rows"
+        )
+    if not findings.total_problems:
+        return None
+    mixed = ""
+    if not census.has_majority:
+        counts = ", ".join(f"{name} {rows} rows" for name, rows in census.formats.items())
+        mixed = f"has rows of several formats and none that most have ({counts}), and "
+    shown = "; ".join(problem.sentence() for problem in findings.problems[:SHOWN_PROBLEMS])
+    more = findings.total_problems - min(SHOWN_PROBLEMS, len(findings.problems))
+    return f"{mixed}has {findings.bad_rows} of {rows} rows that cannot be trained on: {shown}" + (
+        f"; and {more} more problems" if more else ""
+    )
+
+
+def _wanted(method: Method) -> str:
     """The columns of the formats that a method trains on."""
-    formats = [", ".join(shape.columns) for shape in FORMATS if shape.purpose == method]
-    return " or ".join(dict.fromkeys(reversed(formats)))
+    formats = [", ".join(shape.columns) for shape in FORMATS if method in shape.methods]
+    return " or ".join(dict.fromkeys(formats))
 
 
 def _first_like(identity: Hashable, number: int, seen: dict[int, int]) -> int | None:

@@ -18,8 +18,9 @@ lists a row's defects, one that gives the row in TRL's form, a ``Format``, and i
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from typing import Literal
 
-from bento_service.training.dataset_report import Defect, Purpose, Row
+from bento_service.training.dataset_report import Defect, Method, Row
 from bento_service.training.message_rows import (
     chat,
     message_completion,
@@ -45,10 +46,19 @@ class Format:
 
     name: str
     columns: tuple[str, ...]
-    purpose: Purpose
+    content: Literal["text", "messages"]
+    methods: tuple[Method, ...]  # those that can train on it
     defects: Callable[[Row], list[Defect]]
     for_trl: Callable[[Row], Row]  # the row with the columns and types that TRL's trainers read
     identity: Callable[[Row], Hashable]  # equal for rows that say the same
+
+    @property
+    def described(self) -> str:
+        held = "text" if self.content == "text" else "lists of messages"
+        return f"{self.name} ({', '.join(self.columns)}: {held})"
+
+
+PREFERENCE: tuple[Method, ...] = ("dpo",)  # the methods that train on pairs
 
 
 def _columns(*names: str) -> Callable[[Row], Row]:
@@ -78,7 +88,8 @@ def _openai_for_trl(row: Row) -> Row:
 OPENAI = Format(
     name="openai",
     columns=("input", "preferred_output", "non_preferred_output"),
-    purpose="dpo",
+    content="messages",
+    methods=PREFERENCE,
     defects=openai_pair,
     for_trl=_openai_for_trl,
     identity=lambda row: _conversations("prompt", "chosen", "rejected")(_openai_for_trl(row)),
@@ -86,7 +97,8 @@ OPENAI = Format(
 CHAT = Format(
     name="chat",
     columns=("messages",),
-    purpose="supervised",
+    content="messages",
+    methods=("supervised",),
     defects=chat,
     for_trl=_message_columns("messages"),
     identity=_conversations("messages"),
@@ -94,7 +106,8 @@ CHAT = Format(
 MESSAGES_COMPLETION = Format(
     name="messages-completion",
     columns=("prompt", "completion"),
-    purpose="supervised",
+    content="messages",
+    methods=("supervised",),
     defects=message_completion,
     for_trl=_message_columns("prompt", "completion"),
     identity=_conversations("prompt", "completion"),
@@ -102,7 +115,8 @@ MESSAGES_COMPLETION = Format(
 COMPLETION = Format(
     name="completion",
     columns=("prompt", "completion"),
-    purpose="supervised",
+    content="text",
+    methods=("supervised",),
     defects=text_completion,
     for_trl=_columns("prompt", "completion"),
     identity=_texts("prompt", "completion"),
@@ -110,7 +124,8 @@ COMPLETION = Format(
 MESSAGES_IMPLICIT = Format(
     name="messages-implicit",
     columns=("chosen", "rejected"),
-    purpose="dpo",
+    content="messages",
+    methods=PREFERENCE,
     defects=message_implicit,
     for_trl=_message_columns("chosen", "rejected"),
     identity=_conversations("chosen", "rejected"),
@@ -118,7 +133,8 @@ MESSAGES_IMPLICIT = Format(
 TRANSCRIPTS = Format(
     name="transcripts",
     columns=("chosen", "rejected"),
-    purpose="dpo",
+    content="text",
+    methods=PREFERENCE,
     defects=transcript_pair,
     for_trl=split_transcripts,
     identity=_texts("chosen", "rejected"),
@@ -126,7 +142,8 @@ TRANSCRIPTS = Format(
 TEXT_IMPLICIT = Format(
     name="text-implicit",
     columns=("chosen", "rejected"),
-    purpose="dpo",
+    content="text",
+    methods=PREFERENCE,
     defects=text_implicit,
     for_trl=_columns("chosen", "rejected"),
     identity=_texts("chosen", "rejected"),
@@ -134,7 +151,8 @@ TEXT_IMPLICIT = Format(
 MESSAGES = Format(
     name="messages",
     columns=("prompt", "chosen", "rejected"),
-    purpose="dpo",
+    content="messages",
+    methods=PREFERENCE,
     defects=message_pair,
     for_trl=_message_columns("prompt", "chosen", "rejected"),
     identity=_conversations("prompt", "chosen", "rejected"),
@@ -142,7 +160,8 @@ MESSAGES = Format(
 TEXT = Format(
     name="text",
     columns=("prompt", "chosen", "rejected"),
-    purpose="dpo",
+    content="text",
+    methods=PREFERENCE,
     defects=text_pair,
     for_trl=_columns("prompt", "chosen", "rejected"),
     identity=_texts("prompt", "chosen", "rejected"),
@@ -164,10 +183,10 @@ FORMATS = (
 COLUMNS = tuple(dict.fromkeys(column for shape in FORMATS for column in (*shape.columns, "label")))
 
 
-def format_of(row: Row) -> Format:
+def format_of(row: Row) -> Format | None:
     """The format a row, right or wrong, is meant to have: by its columns first, then by what these hold.
 
-    A row that is like none of them is text, the most common one, and its defects say what it lacks.
+    None when no column tells: what such a row lacks depends on the format of the file's other rows.
     """
     chosen, rejected = row.get("chosen"), row.get("rejected")
     if "chosen" in row or "rejected" in row:
@@ -184,7 +203,7 @@ def format_of(row: Row) -> Format:
     messages = isinstance(row.get("prompt"), list) or isinstance(row.get("completion"), list)
     if "completion" in row:
         return MESSAGES_COMPLETION if messages else COMPLETION
-    return MESSAGES if messages else TEXT
+    return OPENAI if isinstance(row.get("input"), dict) else None
 
 
 def _is_transcript(value: object) -> bool:

@@ -3,46 +3,47 @@
 import codecs
 import csv
 import shutil
+import sys
 import tempfile
+from collections import Counter
 from collections.abc import Collection, Iterator
 from contextlib import ExitStack
 from typing import Any, BinaryIO, cast
 
 from bento_service.training import row_bounds
 from bento_service.training.dataset_report import Defect, Row
-from bento_service.training.row_bounds import NumberedRow, Unreadable
+from bento_service.training.row_bounds import Bounds, NumberedRow, Unreadable
 
 # Rows decoded at once from Parquet: its dictionaries let a small file hold many long values.
 PARQUET_BATCH = 16
 
 
-def csv_rows(file: BinaryIO) -> Iterator[NumberedRow]:
+def csv_rows(file: BinaryIO, bounds: Bounds) -> Iterator[NumberedRow]:
     """Rows of text, by RFC 4180: commas, cells in double quotes where needed; the first line names the columns."""
-    csv.field_size_limit(row_bounds.MAX_ROW_BYTES)
+    csv.field_size_limit(sys.maxsize)  # of the whole process; ``room`` bounds what one row takes
     number = 0
-    room = row_bounds.MAX_ROW_BYTES
+    room = bounds.row_bytes
 
     def lines() -> Iterator[str]:
         # Bytes that are not UTF-8 stay in the row as surrogates, so that only this row is refused.
         nonlocal room
-        first = True
+        read = 0
         while line := file.readline(room + 1):
             room -= len(line)
             if room < 0:
-                raise Unreadable(
-                    f"{row_bounds.too_long().reason}, or lacks a closing quote; nothing after it is read", "too_long"
-                )
-            yield (line.removeprefix(codecs.BOM_UTF8) if first else line).decode("utf-8", "surrogateescape")
-            first = False
+                raise bounds.endless("a closing quote")
+            yield (line if read else line.removeprefix(codecs.BOM_UTF8)).decode("utf-8", "surrogateescape")
+            read += 1
 
     records = csv.reader(lines(), strict=True)
     try:
         header = next(filter(None, records), [])
-        if doubled := sorted({name for name in header if header.count(name) > 1}):
+        if doubled := [name for name, times in Counter(header).items() if times > 1]:
             raise Unreadable(f"has no clear columns: the header names {', '.join(doubled)} twice")
-        room = row_bounds.MAX_ROW_BYTES
-        for cells in records:
-            room = row_bounds.MAX_ROW_BYTES
+        room = bounds.row_bytes
+        for line, cells in enumerate(records, start=1):
+            room = bounds.row_bytes
+            bounds.require_number(line)
             if cells:
                 number += 1
                 yield number, _csv_row(header, cells)
@@ -64,9 +65,7 @@ def _csv_row(header: list[str], cells: list[str]) -> Row | Defect:
     return dict(zip(header, cells, strict=True))
 
 
-def parquet_rows(
-    file: BinaryIO, columns: Collection[str], *, gzipped: bool, max_bytes: int | None
-) -> Iterator[NumberedRow]:
+def parquet_rows(file: BinaryIO, columns: Collection[str], bounds: Bounds, *, gzipped: bool) -> Iterator[NumberedRow]:
     import pyarrow  # type: ignore[import-untyped]
     import pyarrow.parquet  # type: ignore[import-untyped]
 
@@ -85,15 +84,14 @@ def parquet_rows(
             if not known:
                 raise Unreadable(f"has no known column; the Parquet file has {', '.join(parquet.schema_arrow.names)}")
             size = sum(parquet.metadata.row_group(i).total_byte_size for i in range(parquet.num_row_groups))
-            if max_bytes is not None and size > max_bytes:
-                raise Unreadable(row_bounds.unpacks_to_more(max_bytes), "too_long")
+            bounds.require_unpacked(size)
             seen = 0
             for batch in parquet.iter_batches(PARQUET_BATCH, columns=known, use_threads=False):
                 seen += batch.nbytes
-                if max_bytes is not None and seen > max_bytes:
-                    raise Unreadable(row_bounds.unpacks_to_more(max_bytes), "too_long")
-                for row in _batch_rows(batch):
+                bounds.require_unpacked(seen)
+                for row in _batch_rows(batch, bounds):
                     number += 1
+                    bounds.require_number(number)
                     yield number, row
         except (pyarrow.ArrowException, OSError) as error:
             if isinstance(error, OSError) and error.errno is not None:
@@ -101,24 +99,24 @@ def parquet_rows(
             raise Unreadable(f"is where the Parquet file breaks: {str(error).splitlines()[0]}") from error
 
 
-def _batch_rows(batch: Any) -> Iterator[Row | Defect]:
+def _batch_rows(batch: Any, bounds: Bounds) -> Iterator[Row | Defect]:
     """The rows of a pyarrow.RecordBatch."""
     rows: list[Row | Defect]
     try:
-        if batch.nbytes > row_bounds.MAX_ROW_BYTES:
-            rows = [_batch_row(batch, index) for index in range(batch.num_rows)]
+        if batch.nbytes > bounds.row_bytes:
+            rows = [_batch_row(batch, index, bounds) for index in range(batch.num_rows)]
         else:
             rows = batch.to_pylist()
     except UnicodeDecodeError:
-        rows = [_batch_row(batch, index) for index in range(batch.num_rows)]
+        rows = [_batch_row(batch, index, bounds) for index in range(batch.num_rows)]
     for row in rows:
         yield row if isinstance(row, Defect) else {name: value for name, value in row.items() if value is not None}
 
 
-def _batch_row(batch: Any, index: int) -> Row | Defect:
+def _batch_row(batch: Any, index: int, bounds: Bounds) -> Row | Defect:
     row = batch.slice(index, 1)
-    if row.nbytes > row_bounds.MAX_ROW_BYTES:
-        return row_bounds.too_long()
+    if row.nbytes > bounds.row_bytes:
+        return bounds.too_long()
     try:
         return cast(Row, row.to_pylist()[0])
     except UnicodeDecodeError as error:

@@ -134,7 +134,7 @@ def test_rows_that_cannot_be_trained_on_are_named_with_their_file(impl, file_id,
     with pytest.raises(InvalidDataset, match="rejected") as caught:
         impl.submit(request(**({"training_file": file_id} | {param: bad})))
     assert caught.value.param == param
-    assert caught.value.total == 1
+    assert caught.value.report.total_problems == 1
     assert caught.value.problems[0].row == 3
     assert impl.list_jobs().data == []
 

@@ -239,7 +239,7 @@ def _reason(response: httpx.Response) -> str:
 def _row(problem: dict[str, Any]) -> str:
     field = f", {problem['field']}" if problem.get("field") else ""
     value = f": {problem['value']}" if problem.get("value") else ""
-    return f"row {problem['row']}{field} {problem['reason']}{value}"
+    return f"row {problem['row']}{field} {problem['message']}{value}"
 
 
 def _segment(value: str) -> str:

@@ -145,6 +145,13 @@ def test_bad_rows_are_listed(client, impl):
     error = answer.json()["error"]
     assert (answer.status_code, error["code"], error["param"]) == (400, "invalid_dataset", "training_file")
     assert error["total_problems"] == 1
+    assert (error["container"], error["format"], error["rows"], error["counts"]) == (
+        "jsonl",
+        "text",
+        3,
+        {"missing": 1},
+    )
+    assert (error["problems"][0]["code"], error["problems"][0]["message"]) == ("missing", "is missing")
     assert (error["problems"][0]["row"], error["problems"][0]["field"]) == (3, "rejected")
 
 

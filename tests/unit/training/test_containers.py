@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from bento_service.errors import InvalidDataset
 from bento_service.training import containers, row_bounds
 from bento_service.training.preferences import check_file, load_rows, require_valid
+from bento_service.training.row_bounds import UNBOUNDED, Bounds
 
 ROWS = [
     {"prompt": f'Say "{i}", [or] {{not}}\\', "chosen": f"First line\n, {i} café", "rejected": "no " * (i % 7 + 1)}
@@ -82,7 +83,7 @@ def test_bad_rows_are_numbered_in_every_container(file: Path, container: str) ->
     rows = [{**row, "chosen": ""} if number in (3, 40) else row for number, row in enumerate(ROWS, start=1)]
     file.write_bytes(WRITERS[container](rows))
     report = check_file(file)
-    assert [(problem.row, problem.field, problem.reason) for problem in report.problems] == [
+    assert [(problem.row, problem.field, problem.message) for problem in report.problems] == [
         (3, "chosen", "is empty"),
         (40, "chosen", "is empty"),
     ]
@@ -91,12 +92,12 @@ def test_bad_rows_are_numbered_in_every_container(file: Path, container: str) ->
 def test_null_columns_of_parquet_are_missing(file: Path) -> None:
     file.write_bytes(parquet([ROWS[0], {"prompt": "p", "chosen": "c", "rejected": None}]))
     problem = check_file(file).problems[0]
-    assert (problem.row, problem.field, problem.reason) == (2, "rejected", "is missing")
+    assert (problem.row, problem.field, problem.message) == (2, "rejected", "is missing")
 
 
 def test_values_of_parquet_that_are_no_text_are_named(file: Path) -> None:
     file.write_bytes(parquet([{"prompt": "p", "chosen": float("nan"), "rejected": b"bytes"}]))
-    assert [problem.reason.rpartition(", ")[2] for problem in check_file(file).problems] == ["not NaN", "not bytes"]
+    assert [problem.message.rpartition(", ")[2] for problem in check_file(file).problems] == ["not NaN", "not bytes"]
 
 
 def test_broken_utf8_is_the_defect_of_its_row_only(file: Path) -> None:
@@ -139,7 +140,7 @@ def test_broken_utf8_is_the_defect_of_its_row_only(file: Path) -> None:
 def test_a_broken_container_says_where_and_what(file: Path, content: bytes, row: int, reason: str) -> None:
     file.write_bytes(content)
     report = check_file(file)
-    found = next(problem for problem in report.problems if reason in problem.reason)
+    found = next(problem for problem in report.problems if reason in problem.message)
     assert found.row == row
     with pytest.raises(InvalidDataset):
         require_valid(file)
@@ -157,9 +158,9 @@ def test_an_empty_array_is_an_empty_file(file: Path) -> None:
 @pytest.mark.parametrize("container", ["jsonl", "json", "csv"])
 def test_a_gzip_bomb_is_not_unpacked(file: Path, container: str) -> None:
     file.write_bytes(gzip.compress(WRITERS[container](ROWS * 100)))
-    report = check_file(file, max_bytes=100_000)
+    report = check_file(file, bounds=Bounds(unpacked_bytes=100_000))
     assert report.counts["too_long"] == 1
-    assert "passes 100000 bytes" in report.problems[-1].reason
+    assert "passes 100000 bytes" in report.problems[-1].message
     assert 0 <= report.rows < len(ROWS) * 100
 
 
@@ -169,20 +170,19 @@ def test_a_parquet_bomb_is_not_unpacked(file: Path, gzipped: bool) -> None:
     content = parquet([{**ROWS[0], "chosen": "x" * 10_000}] * 2000, compression="gzip")
     assert len(content) < 20_000
     file.write_bytes(gzip.compress(content) if gzipped else content)
-    report = check_file(file, max_bytes=1_000_000)
+    report = check_file(file, bounds=Bounds(unpacked_bytes=1_000_000))
     assert report.rows < 200
-    assert "passes 1000000 bytes" in report.problems[-1].reason
+    assert "passes 1000000 bytes" in report.problems[-1].message
 
 
 @pytest.mark.parametrize("container", ["json", "csv", "parquet"])
 def test_a_row_without_end_is_not_read_whole(file: Path, container: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(row_bounds, "MAX_ROW_BYTES", 500)
     monkeypatch.setattr(row_bounds, "CHUNK_BYTES", 100)
     rows = [ROWS[0], {**ROWS[1], "prompt": "x" * 3000}]
     file.write_bytes(WRITERS[container](rows))
-    problem = check_file(file).problems[0]
+    problem = check_file(file, bounds=Bounds(row_bytes=500)).problems[0]
     assert problem.row == 2
-    assert "is longer than" in problem.reason
+    assert "is longer than" in problem.message
 
 
 SHORT = st.text(alphabet='"\\[]{},: aé\n', max_size=8)
@@ -192,7 +192,7 @@ SHORT = st.text(alphabet='"\\[]{},: aé\n', max_size=8)
 def test_any_array_is_cut_where_json_cuts_it(tmp_path_factory: pytest.TempPathFactory, rows: list[Any]) -> None:
     path = tmp_path_factory.mktemp("any") / "rows"
     path.write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
-    assert [row for _, row in containers.read(path, containers.Container("json", False), ())] == rows
+    assert [row for _, row in containers.read(path, containers.Container("json", False), (), UNBOUNDED)] == rows
 
 
 @given(st.sampled_from([b"[", b"prompt,chosen\n", b"PAR1", b"\x1f\x8b", b"{"]), st.binary(max_size=300))

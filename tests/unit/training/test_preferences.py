@@ -10,9 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bento_service.errors import InvalidDataset
-from bento_service.training import preferences, row_bounds
+from bento_service.training import preferences
 from bento_service.training.dataset_report import SHOWN_VALUE
 from bento_service.training.preferences import check_file, load_rows, require_valid
+from bento_service.training.row_bounds import Bounds
 
 TEXT = {"prompt": "Hello", "chosen": "Hi there.", "rejected": "Go away."}
 MESSAGES = {
@@ -85,7 +86,7 @@ def test_good_rows_of_each_format_are_accepted_and_loaded(write: Callable[..., P
     path = write(row, row)
     report = require_valid(path, method=method)
     assert (report.format, report.rows, report.problems, report.total_problems) == (name, 2, (), 0)
-    assert (report.container, report.gzipped, report.purpose, report.bad_rows) == ("jsonl", False, method, 0)
+    assert (report.container, report.gzipped, report.methods, report.bad_rows) == ("jsonl", False, (method,), 0)
     assert list(load_rows(path)) == [for_trl, for_trl]
 
 
@@ -192,16 +193,77 @@ def test_a_bad_row_is_reported_with_its_place(
     problem = report.problems[0]
     assert problem.row == 1
     assert problem.field == field
-    assert reason in problem.reason
+    assert reason in problem.message
     assert problem.value is None or len(problem.value) <= SHOWN_VALUE
     json.dumps(problem.value).encode()
 
 
-def test_a_row_of_another_format_is_reported_with_both_names(write: Callable[..., Path]) -> None:
-    report = check_file(write(TEXT, MESSAGES, TEXT))
-    assert [(problem.row, problem.reason) for problem in report.problems] == [
-        (2, "is messages although row 1 is text: use one format")
+@pytest.mark.parametrize("odd", [1, 2, 5])
+def test_the_odd_row_is_reported_wherever_it_stands(write: Callable[..., Path], odd: int) -> None:
+    rows = [{**TEXT, "prompt": f"Question {number}"} for number in range(4)]
+    report = check_file(write(*rows[: odd - 1], MESSAGES, *rows[odd - 1 :]))
+    assert (report.format, report.formats, report.bad_rows) == ("text", {"text": 4, "messages": 1}, 1)
+    assert [(problem.row, problem.code, problem.message) for problem in report.problems] == [
+        (
+            odd,
+            "mixed_formats",
+            "is messages (prompt, chosen, rejected: lists of messages) although 4 of 5 rows are "
+            "text (prompt, chosen, rejected: text): use one format",
+        )
     ]
+
+
+def test_without_a_majority_the_most_frequent_format_is_the_files(write: Callable[..., Path]) -> None:
+    report = check_file(write(TEXT, MESSAGES, CHAT, MESSAGES, TEXT))
+    assert (report.format, report.formats) == ("text", {"text": 2, "messages": 2, "chat": 1})
+    assert [problem.row for problem in report.problems] == [2, 3, 4]
+    assert "none that most have (text 2 rows, messages 2 rows, chat 1 rows)" in str(report.refusal)
+
+
+def test_problems_of_all_formats_are_listed_by_row_and_counted_beyond_the_cap(write: Callable[..., Path]) -> None:
+    block = ["{", MESSAGES, {}, {**TEXT, "chosen": ""}, TEXT, TEXT]
+    report = check_file(write(*block * 5), cap=6)
+    assert [(problem.row, problem.code) for problem in report.problems] == [
+        (1, "not_json"),
+        (2, "mixed_formats"),
+        (3, "missing"),
+        (3, "missing"),
+        (3, "missing"),
+        (4, "empty"),
+    ]
+    assert (report.rows, report.bad_rows, report.total_problems) == (30, 20, 30)
+    assert report.counts == {"not_json": 5, "mixed_formats": 5, "missing": 15, "empty": 5, "duplicate": 9}
+    assert (len(report.warnings), report.total_warnings) == (6, 9)
+
+
+def test_a_row_without_telling_columns_lacks_those_of_the_files_format(write: Callable[..., Path]) -> None:
+    report = check_file(write({"prompt": "Hello", "answer": 1}, COMPLETION), method="supervised")
+    assert [(problem.row, problem.field, problem.message) for problem in report.problems] == [
+        (1, "completion", "is missing: the row has prompt, answer")
+    ]
+
+
+def test_the_report_as_json(write: Callable[..., Path]) -> None:
+    report = check_file(write(TEXT, {**TEXT, "chosen": ""}, TEXT))
+    assert json.loads(json.dumps(report.to_json())) == {
+        "valid": False,
+        "refusal": "has 1 of 3 rows that cannot be trained on: row 2, chosen is empty",
+        "method": "dpo",
+        "container": "jsonl",
+        "gzipped": False,
+        "format": "text",
+        "formats": {"text": 3},
+        "methods": ["dpo"],
+        "rows": 3,
+        "bad_rows": 1,
+        "problems": [{"row": 2, "field": "chosen", "code": "empty", "message": "is empty", "value": ""}],
+        "total_problems": 1,
+        "counts": {"empty": 1, "duplicate": 1},
+        "warnings": [
+            {"row": 3, "field": None, "code": "duplicate", "message": "says the same as row 1", "value": None}
+        ],
+        "total_warnings": 1,
+    }
 
 
 def test_row_numbers_are_line_numbers(write: Callable[..., Path]) -> None:
@@ -212,7 +274,7 @@ def test_row_numbers_are_line_numbers(write: Callable[..., Path]) -> None:
 def test_equal_pairs_are_a_warning_with_the_first_one(write: Callable[..., Path]) -> None:
     other = {**TEXT, "prompt": "Bye"}
     report = require_valid(write(TEXT, other, {**TEXT, "score": 1}, other), cap=1)
-    assert [(warning.row, warning.reason) for warning in report.warnings] == [(3, "says the same as row 1")]
+    assert [(warning.row, warning.message) for warning in report.warnings] == [(3, "says the same as row 1")]
     assert (report.total_warnings, report.counts, report.total_problems) == (2, {"duplicate": 2}, 0)
 
 
@@ -242,7 +304,7 @@ def test_fifteen_defects_in_forty_rows_are_those_fifteen(write: Callable[..., Pa
         9: (row(9, rejected=said("assistant", " \n")), "rejected.0.content", "is only white space"),
         12: (row(12, prompt=SYSTEM_LATE), "prompt.1.role", "an instruction after the conversation began"),
         13: (row(13, chosen=said("assistant", 7)), "chosen.0.content", "must be text, not a number"),
-        16: (TEXT, None, "is text although row 1 is messages"),
+        16: (TEXT, None, "is text (prompt, chosen, rejected: text) although 34 of 35 rows are messages"),
         18: (json.dumps(row(18)).encode().replace(b"Question", b"Quest\xff"), None, "is not UTF-8 at byte"),
         20: (row(20, chosen=float("nan")), None, "NaN is not a JSON value"),
         23: ('{"prompt": [', None, "is not JSON"),
@@ -257,12 +319,25 @@ def test_fifteen_defects_in_forty_rows_are_those_fifteen(write: Callable[..., Pa
     with pytest.raises(InvalidDataset, match="15 of 40 rows") as caught:
         require_valid(write(*lines))
     found = caught.value.problems
-    assert caught.value.total == len(found) == len(defects) == 15
+    assert caught.value.report.total_problems == len(found) == len(defects) == 15
     assert [(problem.row, problem.field) for problem in found] == [(n, field) for n, (_, field, _) in defects.items()]
     for problem, (_, _, reason) in zip(found, defects.values(), strict=True):
-        assert reason in problem.reason
+        assert reason in problem.message
     report = check_file(write(*lines))
     assert (report.bad_rows, report.total_warnings, sum(report.counts.values())) == (15, 0, 15)
+    assert report.counts == {
+        "missing": 1,
+        "equal_replies": 1,
+        "empty": 3,
+        "role_order": 1,
+        "wrong_type": 2,
+        "mixed_formats": 1,
+        "not_utf8": 1,
+        "not_json": 2,
+        "not_an_object": 1,
+        "unknown_role": 1,
+        "surrogate": 1,
+    }
 
 
 def test_problems_are_listed_up_to_the_cap_and_counted_beyond(write: Callable[..., Path]) -> None:
@@ -270,7 +345,7 @@ def test_problems_are_listed_up_to_the_cap_and_counted_beyond(write: Callable[..
     with pytest.raises(InvalidDataset) as caught:
         require_valid(path, param="validation_file", cap=5)
     assert len(caught.value.problems) == 5
-    assert caught.value.total == 9
+    assert caught.value.report.total_problems == 9
     assert caught.value.param == "validation_file"
     assert "row 2, chosen is empty" in caught.value.message
     assert "6 more problems" in caught.value.message
@@ -282,12 +357,11 @@ def test_an_empty_file_is_refused(write: Callable[..., Path], content: bytes) ->
         require_valid(write(content))
 
 
-def test_a_line_without_end_is_not_read_whole(write: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(row_bounds, "MAX_ROW_BYTES", 200)
-    report = check_file(write({**TEXT, "prompt": "x" * 1000}, TEXT))
+def test_a_line_without_end_is_not_read_whole(write: Callable[..., Path]) -> None:
+    report = check_file(write({**TEXT, "prompt": "x" * 1000}, TEXT), bounds=Bounds(row_bytes=200))
     assert report.rows == 2
     assert [problem.row for problem in report.problems] == [1]
-    assert "is longer than" in report.problems[0].reason
+    assert "is longer than" in report.problems[0].message
 
 
 def test_loading_a_file_that_changed_since_its_check_is_refused(write: Callable[..., Path]) -> None:
