@@ -2,42 +2,15 @@
 
 import hashlib
 import json
-import os
-import stat
 import tarfile
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import BinaryIO
 
 from bento_service.errors import NotFound, NotReady, UnreadableRun
+from bento_service.plain_file import PlainFile
 from bento_service.training.checkpoints import Manifest, read_manifest
 from bento_service.training.run_directory import COMPLETE_MARKER, RunDirectory
-
-CHUNK_BYTES = 1 << 20
-
-
-@dataclass(frozen=True, kw_only=True)
-class Member:
-    """A published file. ``sha256`` is None in checkpoints of older versions."""
-
-    name: str  # relative to the checkpoint
-    path: Path
-    bytes: int
-    sha256: str | None
-
-    def open(self) -> BinaryIO:
-        """Raises UnreadableRun for what is no plain file of the size that the checkpoint's marker says."""
-        try:
-            descriptor = os.open(self.path, os.O_RDONLY | os.O_NOFOLLOW)
-        except OSError as error:
-            raise UnreadableRun(f"{self.name} of the checkpoint cannot be read: {error.strerror}") from error
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode) or status.st_size != self.bytes:
-            os.close(descriptor)
-            raise UnreadableRun(f"{self.name} is not the file of {self.bytes} bytes that was saved")
-        return os.fdopen(descriptor, "rb")
 
 
 class CheckpointArchive:
@@ -53,7 +26,7 @@ class CheckpointArchive:
         self._manifest = manifest
 
     @cached_property
-    def members(self) -> list[Member]:
+    def members(self) -> list[PlainFile]:
         """The published files. Raises UnreadableRun for a name that leads out of the checkpoint."""
         root = self._folder.resolve()
         members = []
@@ -61,10 +34,10 @@ class CheckpointArchive:
             path = self._folder / name
             if not path.resolve().is_relative_to(root):
                 raise UnreadableRun(f"{name!r} leads out of the checkpoint: a link, or a damaged marker")
-            members.append(Member(name=name, path=path, bytes=size, sha256=self._manifest.sha256.get(name)))
+            members.append(PlainFile(name=name, path=path, size=size, sha256=self._manifest.sha256.get(name)))
         return members
 
-    def member(self, name: str) -> Member:
+    def member(self, name: str) -> PlainFile:
         """The published file of this name; nothing is looked up but the manifest. Raises NotFound, UnreadableRun."""
         for member in self.members:
             if member.name == name:
@@ -76,7 +49,7 @@ class CheckpointArchive:
     @property
     def etag(self) -> str:
         """Tells one content from another, without the quotes that HTTP puts around it."""
-        contents = [(member.name, member.bytes, member.sha256) for member in self.members]
+        contents = [(member.name, member.size, member.sha256) for member in self.members]
         if any(digest is None for _, _, digest in contents):  # an older checkpoint: by when it was completed
             contents.append((COMPLETE_MARKER, (self._folder / COMPLETE_MARKER).stat().st_mtime_ns, None))
         return hashlib.sha256(json.dumps([self.name, contents]).encode()).hexdigest()
@@ -84,12 +57,12 @@ class CheckpointArchive:
     @cached_property
     def size(self) -> int:
         """Length of the tar, bytes."""
-        blocks = sum(len(self._header(member)) + _padded(member.bytes) for member in self.members)
+        blocks = sum(len(self._header(member)) + _padded(member.size) for member in self.members)
         # Two empty blocks end it, filled up to a whole record, as tar itself writes.
         return _padded(blocks + 2 * tarfile.BLOCKSIZE, tarfile.RECORDSIZE)
 
     def read(self, start: int = 0, stop: int | None = None) -> Iterator[bytes]:
-        """The bytes from ``start`` up to ``stop``, in pieces of at most ``CHUNK_BYTES``.
+        """The bytes from ``start`` up to ``stop``, in pieces of at most ``plain_file.CHUNK_BYTES``.
 
         Raises UnreadableRun when a file is gone or changed.
         """
@@ -99,18 +72,18 @@ class CheckpointArchive:
             header = self._header(member)
             yield header[max(0, start - position) : max(0, stop - position)]
             position += len(header)
-            end = position + member.bytes
+            end = position + member.size
             if start < end and stop > position:
-                yield from _piece(member, max(0, start - position), min(member.bytes, stop - position))
+                yield from member.read(max(0, start - position), min(member.size, stop - position))
             position = end
-            padding = bytes(_padded(member.bytes) - member.bytes)
+            padding = bytes(_padded(member.size) - member.size)
             yield padding[max(0, start - position) : max(0, stop - position)]
             position += len(padding)
         yield bytes(max(0, stop - max(start, position)))
 
-    def _header(self, member: Member) -> bytes:
+    def _header(self, member: PlainFile) -> bytes:
         info = tarfile.TarInfo(f"{self._folder.name}/{member.name}")
-        info.size = member.bytes
+        info.size = member.size
         info.mode = 0o644
         return info.tobuf(tarfile.PAX_FORMAT)  # time, owner and group are 0
 
@@ -137,18 +110,6 @@ def open_checkpoint(run: RunDirectory, job_id: str, step: int, *, ended: bool) -
     if ended:
         raise NotFound(f"The checkpoint of step {step} of job {job_id} was not saved to the end.")
     raise NotReady(f"The checkpoint of step {step} of job {job_id} is still being written: try again in some seconds.")
-
-
-def _piece(member: Member, start: int, stop: int) -> Iterator[bytes]:
-    with member.open() as file:
-        file.seek(start)
-        left = stop - start
-        while left:
-            chunk = file.read(min(CHUNK_BYTES, left))
-            if not chunk:
-                raise UnreadableRun(f"{member.name} was cut short while it was read")
-            left -= len(chunk)
-            yield chunk
 
 
 def _padded(size: int, block: int = tarfile.BLOCKSIZE) -> int:

@@ -28,6 +28,7 @@ from bento_service.jobs.job import Attempt, Checkpoint, Job, JobEvent, JobReques
 from bento_service.jobs.log_page import LogPage, read_page, read_tail
 from bento_service.jobs.store import Store
 from bento_service.model_catalog import Model, ModelCatalog
+from bento_service.plain_file import PlainFile
 from bento_service.settings import Settings
 from bento_service.training import manifest
 from bento_service.training.preferences import require_valid
@@ -105,9 +106,16 @@ class TrlPostTrainingImpl:
         """Raises NotFound."""
         return self._store.get_file(file_id)
 
-    def list_files(self, *, after: str | None = None, limit: int = 20, purpose: str | None = None) -> Page[StoredFile]:
-        """Newest first, from the one after ``after``. Raises NotFound for an unknown ``after``."""
-        return self._store.list_files(after=after, limit=limit, purpose=purpose)
+    def list_files(
+        self,
+        *,
+        after: str | None = None,
+        limit: int = 20,
+        purpose: str | None = None,
+        order: Literal["asc", "desc"] = "desc",
+    ) -> Page[StoredFile]:
+        """By age, from the one after ``after``. Raises NotFound for an unknown ``after``."""
+        return self._store.list_files(after=after, limit=limit, purpose=purpose, order=order)
 
     def delete_file(self, file_id: str) -> None:
         """Raises NotFound, and Conflict while a job that has not ended uses the file."""
@@ -116,9 +124,11 @@ class TrlPostTrainingImpl:
             if self._store.delete_file(file_id):
                 self._files.delete(sha256)
 
-    def file_content(self, file_id: str) -> Path:
-        """Where the file's bytes lie. Raises NotFound."""
-        return self._files.existing_path(self._store.get_file(file_id).sha256)
+    def file_content(self, file_id: str) -> PlainFile:
+        """The file's bytes, to be read. Raises NotFound."""
+        file = self._store.get_file(file_id)
+        path = self._files.existing_path(file.sha256)
+        return PlainFile(name=file.filename, path=path, size=file.bytes, sha256=file.sha256)
 
     # ------------------------------------------------------------------- jobs
 
@@ -177,9 +187,12 @@ class TrlPostTrainingImpl:
         limit: int = 20,
         metadata: Mapping[str, str] | None = None,
         client_id: str | None = None,
+        without_metadata: bool = False,
     ) -> Page[Job]:
-        """Newest first; only jobs that have all the metadata given. Raises NotFound for an unknown ``after``."""
-        page = self._store.list_jobs(after=after, limit=limit, metadata=dict(metadata or {}), client_id=client_id)
+        """Newest first; only jobs with all this metadata, or without any. Raises NotFound for an unknown ``after``."""
+        page = self._store.list_jobs(
+            after=after, limit=limit, metadata=metadata, client_id=client_id, without_metadata=without_metadata
+        )
         return replace(page, data=self._with_forecast(page.data))
 
     def cancel(self, job_id: str) -> Job:
@@ -353,7 +366,7 @@ class TrlPostTrainingImpl:
 
     def _data_path(self, file_id: str, param: str) -> Path:
         try:
-            return self.file_content(file_id)
+            return self.file_content(file_id).path
         except NotFound as error:
             raise InvalidRequest(
                 f"{error.message} Upload the data with POST /v1/files, and give the id that it answers.", param=param

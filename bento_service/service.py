@@ -32,6 +32,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from bento_service import __version__
 from bento_service.api.app import create_app, in_front_of
+from bento_service.api.bento_errors import BentoErrors
 from bento_service.api.errors import status_of
 from bento_service.api.wire import CreateJob, DpoHyperparameters, DpoMethod, JobObject, Method
 from bento_service.errors import InvalidSettings, TrlRemoteError
@@ -65,7 +66,7 @@ class _GuardedService(bentoml.Service[Any]):
     """A Bento whose every route, its own ones too, is behind our guard."""
 
     def to_asgi(self, is_main: bool = True) -> ASGIApp:
-        bento: ASGIApp = super().to_asgi(is_main)
+        bento = BentoErrors(super().to_asgi(is_main))
 
         async def route(scope: Scope, receive: Receive, send: Send) -> None:
             direct = scope["type"] == "http" and scope["path"].startswith(_DIRECT)

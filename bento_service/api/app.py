@@ -2,17 +2,17 @@
 
 from typing import Any
 
-from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse
+from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Match, Route
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from bento_service import __version__
 from bento_service.api import artifacts, files, fine_tuning, health, imports, metrics, models
 from bento_service.api.access import AccessGuard
 from bento_service.api.errors import error_response, install_error_handlers
 from bento_service.api.event_stream import EventStreams
+from bento_service.api.head import HeadRequests
 from bento_service.api.request import REQUEST_ID, Bodies, RequestIds
 from bento_service.api.upload import Uploads
 from bento_service.post_training import TrlPostTrainingImpl
@@ -34,9 +34,9 @@ def create_app(impl: TrlPostTrainingImpl | None = None) -> FastAPI:
     app.add_middleware(metrics.MeasuredRequests, metrics=app.state.metrics)
     for module in (fine_tuning, artifacts, imports, files, models, health, metrics):
         app.include_router(module.router)
-    methods = ["GET", "POST", "PUT", "PATCH", "DELETE"]
-    app.router.routes.append(Route("/v1/{path:path}", _no_route, methods=methods, include_in_schema=False))
+    app.router.routes.append(Route("/v1/{path:path}", _NoRoute(), include_in_schema=False))
     install_error_handlers(app)
+    app.add_middleware(HeadRequests)
     generate = app.openapi
     app.openapi = lambda: _without_422(generate())  # type: ignore[method-assign]
     return app
@@ -57,14 +57,30 @@ def in_front_of(app: ASGIApp, settings: Settings) -> ASGIApp:
     return RequestIds(guarded)
 
 
-async def _no_route(request: Request) -> JSONResponse:
-    """Under /v1 a path or method that there is not is answered as every other error is."""
-    asked = f"{request.method} {request.url.path}"
-    for route in request.app.router.routes[:-1]:
-        match, _ = route.matches(request.scope)
-        if match is Match.PARTIAL:
-            return error_response(405, f"{asked} is not supported; see /docs.", code="method_not_allowed")
-    return error_response(404, f"There is no {asked}; see /docs.", code="not_found")
+_METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
+
+
+class _NoRoute:
+    """Under /v1 a path or method that there is not, answered as every other error. A class, to match any method."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        others = scope["app"].router.routes[:-1]
+        allowed = [
+            method
+            for method in _METHODS
+            # HEAD is answered wherever GET is.
+            if any(
+                route.matches({**scope, "method": "GET" if method == "HEAD" else method})[0] is Match.FULL
+                for route in others
+            )
+        ]
+        asked = f"{scope['method']} {scope['path']}"
+        answer = error_response(404, f"There is no {asked}; see /docs.", code="not_found")
+        if allowed:
+            allow = ", ".join(allowed)
+            message = f"{asked} is not supported, only {allow}; see /docs."
+            answer = error_response(405, message, code="method_not_allowed", headers={"allow": allow})
+        await answer(scope, receive, send)
 
 
 def _without_422(document: dict[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from fastapi import Depends, Path, Query, Request
 from pydantic import AfterValidator
 
 from bento_service.api.errors import ErrorBody
+from bento_service.api.wire.base import NO_NUL
 from bento_service.errors import NotFound
 from bento_service.post_training import TrlPostTrainingImpl
 
@@ -43,7 +44,12 @@ JobId = Annotated[
     Path(description="As `POST /v1/fine_tuning/jobs` answered it."),
 ]
 After = Annotated[
-    str | None, Query(max_length=64, description="Id of the last entry of the page before; absent for the first page.")
+    str | None,
+    Query(
+        max_length=64,
+        pattern=NO_NUL,
+        description="Id of the last entry of the page before; absent for the first page.",
+    ),
 ]
 Limit = Annotated[int, Query(ge=1, le=100, description="Entries in a page.")]
 

@@ -1,14 +1,17 @@
 """``/v1/files``: the data to train on."""
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
 from anyio import to_thread
-from fastapi import APIRouter, Request
-from fastapi.responses import FileResponse
+from fastapi import APIRouter, Query, Request, Response
+from fastapi.responses import StreamingResponse
 
-from bento_service.api.context import After, FileId, Impl, Limit, error_answers
+from bento_service.api.context import NO_NUL, After, FileId, Impl, error_answers
+from bento_service.api.downloads import Asked, download, download_answers
 from bento_service.api.upload import UploadForm
 from bento_service.api.wire import FileDeleted, FileObject, ListOf, page_of
+from bento_service.errors import InvalidRequest
 from bento_service.post_training import PURPOSE, require_purpose
 
 router = APIRouter(prefix="/v1/files", tags=["Files"])
@@ -46,18 +49,42 @@ async def upload_file(request: Request, impl: Impl) -> FileObject:
     ):
         form = UploadForm(request.headers.get("content-type", ""), incoming)
         await form.read(request.stream())
-        purpose = form.fields.get("purpose", PURPOSE)
-        require_purpose(purpose)
+        purpose = _purpose(form.fields)
         assert form.filename is not None  # read() raises without one
         filename = form.filename
         stored = await to_thread.run_sync(lambda: impl.add_file(incoming, filename=filename, purpose=purpose))
     return FileObject.of(stored)
 
 
+def _purpose(fields: Mapping[str, str]) -> str:
+    """Raises InvalidRequest for a field that has no meaning here, and for another purpose."""
+    for name in fields:
+        if name.startswith("expires_after"):
+            raise InvalidRequest(
+                "Files do not expire here: leave expires_after out, and delete the file when it is no longer needed.",
+                param="expires_after",
+            )
+        if name != "purpose":
+            raise InvalidRequest(
+                f"The form has an unknown field {name[:64]!r}: send file and purpose.", param=name[:64]
+            )
+    purpose = fields.get("purpose", PURPOSE)
+    require_purpose(purpose)
+    return purpose
+
+
 @router.get("", summary="List files", responses=error_answers(400, 404))
-def list_files(impl: Impl, after: After = None, limit: Limit = 20, purpose: str | None = None) -> ListOf[FileObject]:
-    """Newest first."""
-    page = impl.list_files(after=after, limit=limit, purpose=purpose)
+def list_files(
+    impl: Impl,
+    after: After = None,
+    limit: Annotated[int, Query(ge=1, le=10_000, description="Entries in a page.")] = 10_000,
+    order: Annotated[Literal["asc", "desc"], Query(description="By age; desc: newest first.")] = "desc",
+    purpose: Annotated[
+        str | None, Query(max_length=64, pattern=NO_NUL, description="Only files of this purpose.")
+    ] = None,
+) -> ListOf[FileObject]:
+    """Data files, and the metrics of jobs that have succeeded, whose purpose is fine-tune-results."""
+    page = impl.list_files(after=after, limit=limit, purpose=purpose, order=order)
     return page_of(page, [FileObject.of(file) for file in page.data])
 
 
@@ -76,15 +103,10 @@ def delete_file(file_id: FileId, impl: Impl) -> FileDeleted:
 @router.get(
     "/{file_id}/content",
     summary="Download a file",
-    response_class=FileResponse,
-    responses=error_answers(404) | {200: {"content": {"application/octet-stream": {}}}},
+    response_class=StreamingResponse,
+    responses=error_answers(400, 404, 416) | download_answers(),
 )
-def get_file_content(file_id: FileId, impl: Impl) -> FileResponse:
-    """The bytes as they were uploaded; ranges are supported."""
-    file = impl.get_file(file_id)
-    return FileResponse(
-        impl.file_content(file_id),
-        filename=file.filename,
-        media_type="application/octet-stream",
-        headers={"x-content-type-options": "nosniff"},
-    )
+def get_file_content(file_id: FileId, impl: Impl, asked: Asked) -> Response:
+    """The bytes as they were uploaded; ranges are supported. The `ETag` is their SHA-256."""
+    content = impl.file_content(file_id)
+    return download(asked, filename=content.name, size=content.size, etag=content.sha256, read=content.read)

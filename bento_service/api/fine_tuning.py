@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Header, Query, Request, Response
 
-from bento_service.api.context import After, Impl, JobId, Limit, error_answers, read
+from bento_service.api.context import NO_NUL, After, Impl, JobId, Limit, error_answers, read
 from bento_service.api.event_stream import EventStream
 from bento_service.api.wire import (
     AttemptObject,
@@ -22,7 +22,9 @@ from bento_service.errors import InvalidRequest
 
 router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["Fine-tuning"])
 
-ClientId = Annotated[str | None, Query(max_length=256, description="Only the job with this `trl.client_id`.")]
+ClientId = Annotated[
+    str | None, Query(max_length=256, pattern=NO_NUL, description="Only the job with this `trl.client_id`.")
+]
 
 _METADATA_KEY = re.compile(r"metadata\[([^\]]{1,64})\]")
 
@@ -34,7 +36,7 @@ _METADATA_FILTER: dict[str, Any] = {
             "style": "deepObject",
             "explode": True,
             "schema": {"type": "object", "additionalProperties": {"type": "string"}},
-            "description": "`metadata[k]=v`: only jobs that have all these pairs.",
+            "description": "`metadata[k]=v`: only jobs that have all these pairs; `metadata=null`: only jobs without.",
         }
     ]
 }
@@ -63,7 +65,10 @@ def list_jobs(
     client_id: ClientId = None,
 ) -> ListOf[JobObject]:
     """Newest first."""
-    page = impl.list_jobs(after=after, limit=limit, metadata=_metadata_filter(request), client_id=client_id)
+    metadata = _metadata_filter(request)
+    page = impl.list_jobs(
+        after=after, limit=limit, metadata=metadata, client_id=client_id, without_metadata=metadata is None
+    )
     return page_of(page, [JobObject.of(job) for job in page.data])
 
 
@@ -155,14 +160,19 @@ def read_log(
     return LogObject.of(impl.log(job_id, offset=offset or 0, tail=tail, limit=limit))
 
 
-def _metadata_filter(request: Request) -> dict[str, str]:
-    pairs = {}
+def _metadata_filter(request: Request) -> dict[str, str] | None:
+    """The pairs that are asked for; None for ``metadata=null``, which asks for jobs without any."""
+    pairs: dict[str, str] = {}
+    keys = [key for key in request.query_params if key.startswith("metadata")]
+    if keys == ["metadata"] and request.query_params["metadata"] == "null":
+        return None
     for key, value in request.query_params.items():
         if key.startswith("metadata"):
             match = _METADATA_KEY.fullmatch(key)
             if match is None:
                 raise InvalidRequest(
-                    f"{key!r} is not a metadata filter: write metadata[KEY]=VALUE, with a key of 1 to 64 characters.",
+                    f"{key!r} is not a metadata filter: write metadata[KEY]=VALUE, with a key of 1 to 64 characters, "
+                    "or metadata=null alone for jobs without metadata.",
                     param="metadata",
                 )
             pairs[match[1]] = value

@@ -95,14 +95,22 @@ class Store:
         with self._read() as connection:
             return file_from_row(_file_row(connection, file_id))
 
-    def list_files(self, after: str | None = None, limit: int = 20, purpose: str | None = None) -> Page[StoredFile]:
-        """Newest first."""
+    def list_files(
+        self,
+        after: str | None = None,
+        limit: int = 20,
+        purpose: str | None = None,
+        order: Literal["asc", "desc"] = "desc",
+    ) -> Page[StoredFile]:
+        """Newest first, or with ``order`` "asc" oldest first."""
+        number = files.c.number
         with self._read() as connection:
-            query = sa.select(files).order_by(files.c.number.desc())
+            query = sa.select(files).order_by(number.desc() if order == "desc" else number)
             if purpose is not None:
                 query = query.where(files.c.purpose == purpose)
             if after is not None:
-                query = query.where(files.c.number < _file_row(connection, after)["number"])
+                last = _file_row(connection, after)["number"]
+                query = query.where(number < last if order == "desc" else number > last)
             return _page([file_from_row(row) for row in _rows(connection, query.limit(limit + 1))], limit)
 
     def delete_file(self, file_id: str) -> bool:
@@ -162,16 +170,19 @@ class Store:
         limit: int = 20,
         metadata: Mapping[str, str] | None = None,
         client_id: str | None = None,
+        without_metadata: bool = False,
     ) -> Page[Job]:
-        """Newest first; ``metadata`` keeps jobs that have all these pairs."""
+        """Newest first; ``metadata`` keeps jobs that have all these pairs, ``without_metadata`` those with none."""
         with self._read() as connection:
             query = sa.select(jobs).order_by(jobs.c.number.desc())
             if after is not None:
                 query = query.where(jobs.c.number < _job_row(connection, after)["number"])
             if client_id is not None:
                 query = query.where(jobs.c.client_id == client_id)
+            if without_metadata:
+                query = query.where(sa.cast(jobs.c.metadata, sa.Text) == "{}")
             for key, value in (metadata or {}).items():
-                query = query.where(jobs.c.metadata[key].as_string() == value)
+                query = query.where(_has_metadata(connection, key, value))
             rows = list(_rows(connection, query.limit(limit + 1)))
             return _page([_job_of(connection, row) for row in rows], limit)
 
@@ -641,6 +652,13 @@ def _save_checkpoint(connection: Connection, job_id: str, event: TrainerEvent, p
             metrics=progress.get("metrics", {}) | progress.get("evaluation", {}),
         )
     )
+
+
+def _has_metadata(connection: Connection, key: str, value: str) -> sa.ColumnElement[bool]:
+    # Not by a JSON path, which SQLite has no way to write for every key.
+    pairs_of = sa.func.json_each if connection.dialect.name == "sqlite" else sa.func.json_each_text
+    pairs = pairs_of(jobs.c.metadata).table_valued("key", "value")
+    return sa.exists(sa.select(sa.literal(1)).select_from(pairs).where(pairs.c.key == key, pairs.c.value == value))
 
 
 def _page[T](found: list[T], limit: int) -> Page[T]:

@@ -159,7 +159,8 @@ class LoggingOptions(Options):
     steps: int = Field(default=1, ge=1, description="Optimizer steps between metrics events.")
 
 
-ClientId = Annotated[str, Field(min_length=1, max_length=256)]
+# Without NUL, which PostgreSQL has no text with.
+ClientId = Annotated[str, Field(min_length=1, max_length=256, pattern=r"^[^\x00]*$")]
 
 
 class TrlOptions(Options):

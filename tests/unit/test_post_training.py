@@ -47,7 +47,7 @@ def test_auto_is_replaced_by_the_documented_defaults(impl, file_id):
     )
     assert spec.learning_rate == LORA_LEARNING_RATE
     assert spec.model_path == str(impl.settings.models_path / MODEL)
-    assert spec.training_file == str(impl.file_content(file_id))
+    assert spec.training_file == str(impl.file_content(file_id).path)
     assert (job.status, job.queue_position, spec.job_id) == (JobStatus.QUEUED, 1, job.id)
 
 
@@ -168,10 +168,10 @@ def test_a_file_in_use_is_kept_and_bytes_stay_as_long_as_a_file_names_them(impl,
     with pytest.raises(Conflict, match=job.id):
         impl.delete_file(file_id)
     impl.cancel(job.id)
-    path = impl.file_content(file_id)
+    path = impl.file_content(file_id).path
     impl.delete_file(file_id)
     assert path.exists()
-    assert impl.file_content(same_bytes.id) == path
+    assert impl.file_content(same_bytes.id).path == path
     impl.delete_file(same_bytes.id)
     assert not path.exists()
     with pytest.raises(NotFound):

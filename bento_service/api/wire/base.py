@@ -7,6 +7,9 @@ from pydantic import BaseModel, ConfigDict
 
 from bento_service.jobs.job import Page
 
+# PostgreSQL has no text with a NUL in it.
+NO_NUL = r"^[^\x00]*$"
+
 
 class Strict(BaseModel):
     """Base of request bodies: unknown keys are refused, and so are infinities."""

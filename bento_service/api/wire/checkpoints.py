@@ -16,7 +16,8 @@ _CHECKPOINT_METRICS = {
 
 
 class TrlCheckpoint(BaseModel):
-    path: str = Field(description="The checkpoint's folder on the service's disk.")
+    path: str = Field(description="The checkpoint's folder on the service's disk, for programs that run there.")
+    content: str = Field(description="Path of this API that downloads it, as a tar.")
     bytes: int = Field(description="Size of the folder's files.")
     final: bool = Field(description="Whether it holds the model after the last step.")
     epoch: float
@@ -54,6 +55,7 @@ class CheckpointObject(BaseModel):
             metrics=metrics,
             trl=TrlCheckpoint(
                 path=checkpoint.path,
+                content=f"/v1/fine_tuning/jobs/{checkpoint.job_id}/checkpoints/{checkpoint.step}/content",
                 bytes=checkpoint.bytes,
                 final=checkpoint.final,
                 epoch=checkpoint.epoch,

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from bento_service.jobs.job import StoredFile
 
@@ -16,7 +16,11 @@ class FileObject(BaseModel):
     created_at: int
     filename: str
     purpose: str
-    status: Literal["processed"] = "processed"
+    status: Literal["processed"] = Field(
+        default="processed", description="It is on disk. Its rows are checked when a job is submitted."
+    )
+    status_details: None = Field(default=None, description="For compatibility: always null.")
+    expires_at: None = Field(default=None, description="For compatibility: files stay until they are deleted.")
 
     @classmethod
     def of(cls, file: StoredFile) -> "FileObject":

@@ -4,14 +4,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, StringConstraints
 
-from bento_service.api.wire.base import Strict, seconds
+from bento_service.api.wire.base import NO_NUL, Strict, seconds
 from bento_service.api.wire.methods import Method, SupervisedHyperparameters, SupervisedMethod
 from bento_service.errors import InvalidRequest
 from bento_service.jobs.job import Job, JobRequest, JobStatus
 from bento_service.training.spec import TrlOptions
 
-MetadataKey = Annotated[str, StringConstraints(max_length=64)]
-MetadataValue = Annotated[str, StringConstraints(max_length=512)]
+MetadataKey = Annotated[str, StringConstraints(max_length=64, pattern=NO_NUL)]
+MetadataValue = Annotated[str, StringConstraints(max_length=512, pattern=NO_NUL)]
 
 
 class CreateJob(Strict):
@@ -20,14 +20,19 @@ class CreateJob(Strict):
     model: str = Field(
         min_length=1,
         max_length=256,
+        pattern=NO_NUL,
         description="Base model: <org>/<name> in the service's models folder, or on the Hugging Face hub.",
         examples=["HuggingFaceTB/SmolLM2-135M-Instruct"],
     )
     training_file: str = Field(
-        min_length=1, max_length=64, description="Id of an uploaded file of rows for the method."
+        min_length=1, max_length=64, pattern=NO_NUL, description="Id of an uploaded file of rows for the method."
     )
     validation_file: str | None = Field(
-        default=None, min_length=1, max_length=64, description="Id of a file of rows that are scored, not trained on."
+        default=None,
+        min_length=1,
+        max_length=64,
+        pattern=NO_NUL,
+        description="Id of a file of rows that are scored, not trained on.",
     )
     method: Method | None = Field(
         default=None, description="Absent: dpo, or supervised when `hyperparameters` are given beside it."

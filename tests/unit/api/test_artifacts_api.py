@@ -8,7 +8,7 @@ import tarfile
 
 import pytest
 
-from bento_service.api.artifacts import requested_range
+from bento_service.api.downloads import requested_range
 from bento_service.jobs import result_files
 from bento_service.jobs.job import JobStatus
 from bento_service.jobs.store import Store
@@ -257,3 +257,45 @@ def test_unknown_models(client, name):
 
 def test_a_job_that_runs_has_no_model_yet(client, running):
     assert [model["id"] for model in client.get("/v1/models").json()["data"]] == [MODEL]
+
+
+def test_every_download_goes_on_or_is_spared(client, trained):
+    """Uploaded files, result files, checkpoints and their files: ranges, 304, 416 and HEAD are the same for all."""
+    listed = client.get(f"{JOBS}/{trained.id}/checkpoints").json()["data"][0]["trl"]["content"]
+    assert listed == content_url(trained)
+    urls = [
+        listed,
+        f"{JOBS}/{trained.id}/checkpoints/2/files/adapter_model.safetensors",
+        f"/v1/files/{trained.request.training_file}/content",
+        f"/v1/files/{client.get(f'{JOBS}/{trained.id}').json()['result_files'][0]}/content",
+    ]
+    for url in urls:
+        whole = client.get(url)
+        etag, size = whole.headers["etag"], len(whole.content)
+        assert (whole.status_code, whole.headers["accept-ranges"]) == (200, "bytes"), url
+        for known in (etag, f'"other", W/{etag}', "*"):
+            spared = client.get(url, headers={"if-none-match": known})
+            assert (spared.status_code, spared.content, spared.headers["etag"]) == (304, b"", etag), (url, known)
+        assert client.get(url, headers={"if-none-match": '"other"'}).content == whole.content
+        part = client.get(url, headers={"range": "bytes=10-19", "if-range": etag})
+        assert (part.status_code, part.content) == (206, whole.content[10:20]), url
+        assert client.get(url, headers={"range": "bytes=10-19", "if-range": '"other"'}).content == whole.content
+        beyond = client.get(url, headers={"range": f"bytes={size}-"})
+        assert (beyond.status_code, beyond.headers["content-range"]) == (416, f"bytes */{size}"), url
+        assert beyond.json()["error"]["code"] == "range_not_satisfiable"
+        head = client.head(url)
+        assert (head.status_code, head.content) == (200, b"")
+        assert {**head.headers, "x-request-id": ""} == {**whole.headers, "x-request-id": ""}
+
+
+def test_head_reads_nothing(client, trained, monkeypatch):
+    def read(self, start, stop):
+        raise AssertionError("a HEAD request read the file")
+        yield
+
+    monkeypatch.setattr("bento_service.plain_file.PlainFile.read", read)
+    assert client.head(f"{JOBS}/{trained.id}/checkpoints/2/files/adapter_model.safetensors").status_code == 200
+    assert client.head(f"/v1/files/{trained.request.training_file}/content").status_code == 200
+    stream = client.head(f"{JOBS}/{trained.id}/events?stream=true")
+    assert stream.headers["content-type"].startswith("text/event-stream")
+    assert client.head(f"{JOBS}/ftjob-absent/events?stream=true").status_code == 404

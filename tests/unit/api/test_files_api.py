@@ -43,6 +43,12 @@ def test_files_are_listed_newest_first_page_by_page(client):
     rest = client.get("/v1/files", params={"limit": 2, "after": first["last_id"]}).json()
     assert [file["id"] for file in rest["data"]] == [ids[0]]
     assert rest["has_more"] is False
+    oldest = client.get("/v1/files", params={"limit": 2, "order": "asc"}).json()
+    assert ([file["id"] for file in oldest["data"]], oldest["has_more"]) == (ids[:2], True)
+    newer = client.get("/v1/files", params={"order": "asc", "after": ids[1], "limit": 10_000}).json()
+    assert [file["id"] for file in newer["data"]] == [ids[2]]
+    assert client.get("/v1/files", params={"purpose": "vision"}).json()["data"] == []
+    assert len(client.get("/v1/files", params={"purpose": "fine-tune"}).json()["data"]) == 3
 
 
 def test_a_deleted_file_is_gone(client):
@@ -65,6 +71,11 @@ def test_a_file_in_use_is_not_deleted(client, impl):
     [
         ({"files": {"file": ("p.jsonl", DATA)}, "data": {"purpose": "vision"}}, "'vision'"),
         ({"files": {"data": ("p.jsonl", DATA)}}, "part 'file'"),
+        (
+            {"files": {"file": ("p", DATA)}, "data": {"expires_after[anchor]": "created_at"}},
+            "Files do not expire here",
+        ),
+        ({"files": {"file": ("p", DATA)}, "data": {"purpos": "fine-tune"}}, "unknown field 'purpos'"),
         ({"files": [("file", ("a", DATA)), ("file", ("b", DATA))]}, "one file at a time"),
         ({"files": {"file": ("p.jsonl", b"")}}, "empty"),
         ({"json": {"file": "x"}}, "multipart/form-data"),

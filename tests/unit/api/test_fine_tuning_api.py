@@ -188,6 +188,8 @@ def test_jobs_are_listed_newest_first_by_page_and_by_metadata(client, body):
     assert ([job["id"] for job in page["data"]], page["has_more"]) == ([ids[0]], False)
     page = client.get(JOBS, params={"metadata[n]": "1", "metadata[team]": "a"}).json()
     assert [job["id"] for job in page["data"]] == [ids[1]]
+    without = client.post(JOBS, json=body).json()["id"]
+    assert [job["id"] for job in client.get(JOBS, params={"metadata": "null"}).json()["data"]] == [without]
 
 
 @pytest.mark.parametrize(
@@ -196,6 +198,7 @@ def test_jobs_are_listed_newest_first_by_page_and_by_metadata(client, body):
         (f"{JOBS}?limit=0", "limit"),
         (f"{JOBS}?limit=101", "limit"),
         (f"{JOBS}?metadata=x", "metadata"),
+        (f"{JOBS}?metadata=null&metadata[a]=b", "metadata"),
         (f"{JOBS}/x/events?order=up", "order"),
     ],
 )

@@ -231,6 +231,12 @@ def test_jobs_page_and_filter(store):
     assert [j.id for j in rest.data] == [j.id for j in made[2::-1]] and not rest.has_more
     assert [j.id for j in store.list_jobs(metadata={"team": "b"}).data] == [made[3].id, made[1].id]
     assert [j.id for j in store.list_jobs(client_id="c2").data] == [made[2].id]
+    odd = 'a "quoted" $.key\\'
+    strange = submit(store, metadata={odd: "'x'", "team": "c"})
+    assert [j.id for j in store.list_jobs(metadata={odd: "'x'", "team": "c"}).data] == [strange.id]
+    assert store.list_jobs(metadata={odd: "x"}).data == []
+    plain = submit(store, metadata={})
+    assert [j.id for j in store.list_jobs(without_metadata=True).data] == [plain.id]
 
 
 def test_a_file_in_use_is_kept_and_bytes_go_with_their_last_name(store):
