@@ -24,7 +24,18 @@ from bento_service.files import FileStorage, IncomingFile, StoredBytes
 from bento_service.jobs.devices import visible_devices
 from bento_service.jobs.disk import disk_need
 from bento_service.jobs.forecast import estimated_start
-from bento_service.jobs.job import Attempt, Checkpoint, Job, JobEvent, JobRequest, JobStatus, News, Page, StoredFile
+from bento_service.jobs.job import (
+    Attempt,
+    Checkpoint,
+    Job,
+    JobEvent,
+    JobRequest,
+    JobStatus,
+    News,
+    OpenJobLimits,
+    Page,
+    StoredFile,
+)
 from bento_service.jobs.log_page import LogPage, read_page, read_tail
 from bento_service.jobs.store import Store
 from bento_service.model_catalog import Model, ModelCatalog
@@ -132,15 +143,18 @@ class TrlPostTrainingImpl:
 
     # ------------------------------------------------------------------- jobs
 
-    def submit(self, request: JobRequest) -> Job:
+    def submit(self, request: JobRequest, *, submitted_by: str | None = None) -> Job:
         """Check everything that can be checked now, and queue the job; it is committed when this returns.
 
         A client id that is known returns its job when the request is the same, before anything else is checked.
         Raises InvalidRequest (a missing file, a contradiction), UnknownModel, InvalidDataset, ResourcesExceeded,
-        ClientIdConflict. After any of them nothing of the job is stored.
+        ClientIdConflict, TooManyJobs. After any of them nothing of the job is stored.
         """
         if existing := self._store.find_submitted(request):
             return self._with_forecast([existing])[0]
+        # At once, and again when it is stored: in between, a large file may be checked for minutes.
+        limits = OpenJobLimits(total=self.settings.max_open_jobs, per_caller=self.settings.max_open_jobs_per_key)
+        self._store.require_room(submitted_by, limits)
         self._require_consistent(request)
         self._require_resources(request)
         training_file = self._data_path(request.training_file, "training_file")
@@ -171,9 +185,10 @@ class TrlPostTrainingImpl:
             priority=request.options.priority,
             devices=request.options.devices,
             created_at=time.time(),
+            submitted_by=submitted_by,
             fine_tuned_model=":".join(filter(None, ("ft", request.model, request.suffix, short_id))),
         )
-        stored, _ = self._store.create_job(job)
+        stored, _ = self._store.create_job(job, limits)
         return self._with_forecast([stored])[0]
 
     def status(self, job_id: str) -> Job:

@@ -134,6 +134,7 @@ class TrlTrainingService:
     @bentoml.api
     def train_dpo(
         self,
+        ctx: bentoml.Context,
         model: Annotated[str, Field(description="Base model, <org>/<name>.")],
         training_file: Annotated[str, Field(description="Id of a file uploaded with POST /v1/files.")],
         validation_file: Annotated[str | None, Field(description="Id of a file of pairs that are scored.")] = None,
@@ -155,7 +156,7 @@ class TrlTrainingService:
             trl=trl or TrlOptions(),
         )
         try:
-            return _as_dict(self._impl.submit(body.to_request()))
+            return _as_dict(self._impl.submit(body.to_request(), submitted_by=ctx.request.state.caller))
         except TrlRemoteError as error:
             raise _for_bentoml(error) from error
 

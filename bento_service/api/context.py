@@ -23,6 +23,12 @@ async def _impl(request: Request) -> TrlPostTrainingImpl:
     return impl
 
 
+async def _caller(request: Request) -> str | None:
+    name = getattr(request.state, "caller", None)
+    assert name is None or isinstance(name, str)
+    return name
+
+
 def _id(kind: str, value: str) -> str:
     # Ids of another form cannot exist; saying so here keeps odd strings away from everything below.
     if not 1 <= len(value) <= 64 or not _ID_CHARACTERS.issuperset(value):
@@ -36,6 +42,8 @@ async def read[T](impl: TrlPostTrainingImpl, call: Callable[[], T], limiter: Cap
 
 
 Impl = Annotated[TrlPostTrainingImpl, Depends(_impl)]
+# The name of the caller's API key; None where there are no keys.
+Caller = Annotated[str | None, Depends(_caller)]
 # Validators and not dependencies, each of which costs every request a tenth of a millisecond.
 FileId = Annotated[str, AfterValidator(partial(_id, "file")), Path(description="As `POST /v1/files` answered it.")]
 JobId = Annotated[

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Header, Query, Request, Response
 
-from bento_service.api.context import NO_NUL, After, Impl, JobId, Limit, error_answers, read
+from bento_service.api.context import NO_NUL, After, Caller, Impl, JobId, Limit, error_answers, read
 from bento_service.api.event_stream import EventStream
 from bento_service.api.wire import (
     AttemptObject,
@@ -46,14 +46,14 @@ _EVENT_STREAM: dict[int | str, dict[str, Any]] = {
 }
 
 
-@router.post("", summary="Submit a job", responses=error_answers(400, 409, 413))
-def create_job(body: CreateJob, impl: Impl) -> JobObject:
+@router.post("", summary="Submit a job", responses=error_answers(400, 408, 409, 413, 429))
+def create_job(body: CreateJob, impl: Impl, caller: Caller) -> JobObject:
     """Check the model, the data and the options, and queue the job.
 
     Whatever cannot be trained on is refused here, and nothing of it is stored; a job that is answered is safe on
     disk. With `trl.client_id`, the same request again answers the same job, and another one under this id 409.
     """
-    return JobObject.of(impl.submit(body.to_request()))
+    return JobObject.of(impl.submit(body.to_request(), submitted_by=caller))
 
 
 @router.get("", summary="List jobs", responses=error_answers(400, 404), openapi_extra=_METADATA_FILTER)

@@ -25,7 +25,7 @@ class ImportFile(Strict):
     )
 
 
-@router.post("/import", summary="Import a file from a URL", responses=error_answers(400, 413, 503))
+@router.post("/import", summary="Import a file from a URL", responses=error_answers(400, 408, 413, 503))
 def import_file(request: Request, body: ImportFile, impl: Impl) -> FileObject:
     """Read a URL and store what it answers, as an upload would be; it is on disk when this answers.
 

@@ -7,7 +7,7 @@ from pydantic_core import from_json
 from sqlalchemy.engine import URL, Connection, Engine, make_url
 
 # The revision that this code works with; tests hold it equal to the newest migration.
-HEAD_REVISION = "0001"
+HEAD_REVISION = "0002"
 
 MIGRATIONS = Path(__file__).parent / "migrations"
 

@@ -112,6 +112,7 @@ class Job:
     wanted: Literal["cancel", "pause"] | None = None  # asked for, not yet carried out
     attempt: int = 0  # launches so far
     lease_token: int = 0  # grows with every claim; a write with an older token is refused
+    submitted_by: str | None = None  # name of the API key that submitted it; None where there are no keys
     fine_tuned_model: str | None = None  # name under which the trained model is known
     queue_position: int | None = None  # 1 is next; only while queued
     devices_ahead: int | None = None  # asked for by the jobs before it; only while queued
@@ -128,6 +129,14 @@ class Job:
 def result_file_id(job_id: str, form: str) -> str:
     """Id of a job's metrics as a file: known from the job's, so that a repeated attempt to store it finds it."""
     return f"file-{job_id.removeprefix('ftjob-')}-{form}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenJobLimits:
+    """How many jobs may be there that have not ended."""
+
+    total: int
+    per_caller: int  # for each API key; callers without one count together
 
 
 @dataclass(frozen=True, kw_only=True)

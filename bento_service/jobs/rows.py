@@ -34,6 +34,7 @@ def job_values(job: Job) -> dict[str, Any]:
         "metadata": job.request.metadata,
         "training_file": job.request.training_file,
         "validation_file": job.request.validation_file,
+        "submitted_by": job.submitted_by,
         "fine_tuned_model": job.fine_tuned_model,
         "status": job.status.value,
         "priority": job.priority,
@@ -62,6 +63,7 @@ def job_from_row(row: Row) -> Job:
         wanted=row["wanted"],
         attempt=row["attempt"],
         lease_token=row["lease_token"],
+        submitted_by=row["submitted_by"],
         fine_tuned_model=row["fine_tuned_model"],
     )
 

@@ -63,6 +63,7 @@ jobs = Table(
     Column("lease_expires_at", Float(53)),
     Column("artifacts_expired", Boolean, nullable=False, default=False),
     Column("event_seq", Integer, nullable=False, default=0),  # seq of the newest event
+    Column("submitted_by", String(64)),  # name of the API key; None without keys
     Column("event_offset", BigInteger, nullable=False, default=0),  # bytes of events.jsonl already carried over
     # devices: the queue's length is summed up from the index alone, without reading the jobs.
     Index("jobs_queue", "status", "priority", "number", "devices"),

@@ -14,7 +14,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.exc import IntegrityError
 
-from bento_service.errors import ClientIdConflict, Conflict, NotFound, TransitionRefused
+from bento_service.errors import ClientIdConflict, Conflict, NotFound, TooManyJobs, TransitionRefused
 from bento_service.jobs import queries, schema
 from bento_service.jobs.database import open_engine, read_connection
 from bento_service.jobs.forecast import Occupation, Workload
@@ -29,6 +29,7 @@ from bento_service.jobs.job import (
     JobStatus,
     Lease,
     News,
+    OpenJobLimits,
     Page,
     StoredFile,
     TrainedModel,
@@ -129,11 +130,12 @@ class Store:
 
     # ------------------------------------------------------------------- jobs
 
-    def create_job(self, job: Job) -> tuple[Job, bool]:
+    def create_job(self, job: Job, limits: OpenJobLimits | None = None) -> tuple[Job, bool]:
         """Store a new job; committed when this returns.
 
         Returns the stored job and whether it was created: a client id that is known returns its job when the
-        request is the same. Raises ClientIdConflict when it is another, NotFound when a file has been deleted.
+        request is the same. Raises ClientIdConflict when it is another, NotFound when a file has been deleted, and
+        TooManyJobs past ``limits``. On PostgreSQL, submits at the same moment may pass these by one each.
         """
         try:
             with self._write() as connection:
@@ -141,6 +143,8 @@ class Store:
                     _file_row(connection, file_id)
                 if existing := _same_client(connection, job.request):
                     return existing, False
+                if limits is not None:
+                    _require_room(connection, job.submitted_by, limits)
                 start = {"status": JobStatus.VALIDATING_FILES.value}
                 connection.execute(jobs.insert().values(**job_values(job) | start))
                 row = _job_row(connection, job.id)
@@ -159,6 +163,11 @@ class Store:
         """The job that this request's client id already has. Raises ClientIdConflict when its request is another."""
         with self._read() as connection:
             return _same_client(connection, request)
+
+    def require_room(self, submitted_by: str | None, limits: OpenJobLimits) -> None:
+        """Raises TooManyJobs when ``create_job`` would."""
+        with self._read() as connection:
+            _require_room(connection, submitted_by, limits)
 
     def get_job(self, job_id: str) -> Job:
         with self._read() as connection:
@@ -550,6 +559,26 @@ def _seq_of(job_id: str, after: str, newest: int) -> int:
     if seq is None or after != event_id(job_id, seq) or not 1 <= seq <= newest:
         raise NotFound(f"No event {after} in job {job_id}.", param="after")
     return seq
+
+
+def _require_room(connection: Connection, submitted_by: str | None, limits: OpenJobLimits) -> None:
+    # "is not distinct from": callers without a key are counted together.
+    mine = sa.func.count().filter(jobs.c.submitted_by.is_not_distinct_from(submitted_by))
+    query = sa.select(sa.func.count(), mine).where(jobs.c.status.in_(LIVE))
+    everyones, own = connection.execute(query).one()
+    advice = "wait until one has ended, or cancel one"
+    if own >= limits.per_caller:
+        whose = "No API key is set, and callers" if submitted_by is None else f"The API key {submitted_by!r}"
+        have = "have" if submitted_by is None else "has"
+        raise TooManyJobs(
+            f"{whose} {have} {own} jobs that have not ended, and {limits.per_caller} are allowed "
+            f"(TRL_MAX_OPEN_JOBS_PER_KEY on the service): {advice}."
+        )
+    if everyones >= limits.total:
+        raise TooManyJobs(
+            f"The service has {everyones} jobs that have not ended, and {limits.total} are allowed "
+            f"(TRL_MAX_OPEN_JOBS on the service): {advice}."
+        )
 
 
 def _job(connection: Connection, job_id: str) -> Job:

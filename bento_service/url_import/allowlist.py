@@ -49,6 +49,8 @@ class ImportUrl:
         host = url.raw_host.decode("ascii").lower().rstrip(".")
         if not host:
             raise _refused("it names no host")
+        if url.port is not None and not 0 < url.port < 2**16:
+            raise _refused(f"there is no port {url.port}")
         target = url.raw_path.decode("ascii")
         path = unquote(target.partition("?")[0])
         if {".", ".."}.intersection(path.replace("\\", "/").split("/")):
@@ -95,7 +97,7 @@ class UrlPattern:
                 f"{text!r} is not scheme://host[:port][/path]: the scheme is https or http, the host a name, *.name, "
                 "or * for any"
             )
-        if url.userinfo or url.query or url.fragment or ".." in url.path.split("/"):
+        if url.userinfo or url.query or url.fragment or "/.." in text:
             raise ValueError(f"{text!r} holds more than scheme, host, port and path")
         path = url.path.rstrip("/")
         return cls(scheme=url.scheme, host=host, port=url.port or _PORTS[url.scheme], path=path)
@@ -137,12 +139,13 @@ def _hub_url(text: str) -> str:
     organization, _, rest = rest.partition("/")
     name, _, path = rest.partition("/")
     name, _, revision = name.partition("@")
-    if kind != "datasets" or not all((organization, name, path)) or "?" in text or "#" in text:
+    parts = [organization, name, *path.split("/")]
+    if kind != "datasets" or any(part in ("", ".", "..") for part in parts) or "?" in text or "#" in text:
         raise _refused(
             "it names no file of a dataset on the hub: write huggingface://datasets/<org>/<name>/<path of the file>"
         )
-    parts = "/".join(quote(part, safe="") for part in (organization, name, "resolve", revision or "main"))
-    return f"https://huggingface.co/datasets/{parts}/{quote(path)}"
+    repository = "/".join(quote(part, safe="") for part in (organization, name, "resolve", revision or "main"))
+    return f"https://huggingface.co/datasets/{repository}/{quote(path)}"
 
 
 def _parsed(text: str) -> httpx.URL:

@@ -124,6 +124,9 @@ class TrlJob(BaseModel):
     estimated_start: int | None = Field(
         description="Only while queued: from what runs now and how long the last jobs ran; null when that is unknown."
     )
+    submitted_by: str | None = Field(
+        description="Name of the API key that submitted the job; null where there are no keys."
+    )
     priority: int
     devices: int
     wanted: Literal["cancel", "pause"] | None = Field(description="Asked for, not yet carried out.")
@@ -196,6 +199,7 @@ class JobObject(BaseModel):
                 attempt=job.attempt,
                 queue_position=job.queue_position,
                 estimated_start=job.estimated_start,
+                submitted_by=job.submitted_by,
                 priority=job.priority,
                 devices=job.devices,
                 wanted=job.wanted,
