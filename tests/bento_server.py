@@ -55,6 +55,7 @@ def bento_server(
         "TRL_PORT": str(port),
         "TRL_DEVICE": "cpu",
         "TRL_GRACE_SECONDS": "5",
+        "TRL_WARM_TRAINERS": "0",  # its imports would take the CPU of the tests
         "BENTOML_HOME": str(directory / "bentoml"),
         "HF_HUB_OFFLINE": "1",
         "PYTHONUNBUFFERED": "1",

@@ -2,9 +2,10 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -13,6 +14,7 @@ import psutil
 
 import bento_service
 from bento_service.training.run_directory import RunDirectory
+from bento_service.training.spare import TAKEN, Orders
 
 # What a trainer gets of the service's environment. The rest, API keys and the database's address among it,
 # stays out.
@@ -22,6 +24,13 @@ _ALLOWED_NAMES = {
     "http_proxy", "https_proxy", "no_proxy", "XDG_CACHE_HOME", "CI",
 }  # fmt: skip
 _ALLOWED_PREFIXES = ("CUDA_", "HF_", "LC_", "MKL_", "NCCL_", "NVIDIA_", "OMP_", "PYTORCH_", "TORCH_", "TRANSFORMERS_")
+
+# -P: the working directory is not searched for modules.
+_TRAINER = (sys.executable, "-P", "-m", "bento_service.training")
+
+# Should an import ask whether there is a GPU, PyTorch asks the driver's management library. The driver itself reads
+# CUDA_VISIBLE_DEVICES once, when it is first asked, and a spare gets its device later.
+_SPARE_ENVIRONMENT = {"PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
 
 # Child processes find this package here, installed or not.
 PACKAGE_PARENT = str(Path(bento_service.__file__).parents[1])
@@ -61,44 +70,13 @@ class Trainer(Protocol):
         """SIGKILL to its process group."""
 
 
-class LaunchedTrainer:
-    """A trainer that this process started. It does nothing until ``go``, and ends if that never comes.
+class _Child:
+    """A trainer that this process started, as the leader of a session of its own."""
 
-    So that a supervisor killed between starting a trainer and recording its pid leaves no trainer behind.
-    """
-
-    def __init__(
-        self,
-        run: RunDirectory,
-        *,
-        command: Sequence[str] | None = None,
-        attempt: int,
-        devices: Sequence[str],
-        kind: str,
-        threads: int | None = None,
-    ) -> None:
-        command = command or [sys.executable, "-m", "bento_service.training"]
-        run.path.mkdir(parents=True, exist_ok=True)
-        with run.log_file.open("ab") as log:
-            self._process = subprocess.Popen(
-                [*command, str(run.path), "--attempt", str(attempt), "--await-go"],
-                stdin=subprocess.PIPE,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                cwd=run.path,
-                env=trainer_environment(devices, kind, threads),
-                start_new_session=True,
-            )
-        self.pid = self._process.pid
+    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+        self._process = process
+        self.pid = process.pid
         self.created_at = psutil.Process(self.pid).create_time()
-
-    def go(self) -> None:
-        assert self._process.stdin is not None
-        try:
-            self._process.stdin.write(b"go\n")
-            self._process.stdin.close()
-        except BrokenPipeError:
-            pass  # it died already; poll() tells how
 
     def poll(self) -> Exit | None:
         code = self._process.poll()
@@ -111,6 +89,85 @@ class LaunchedTrainer:
 
     def kill(self) -> None:
         _signal_group(self.pid, signal.SIGKILL)
+
+
+class LaunchedTrainer(_Child):
+    """A trainer started for a job. It does nothing until ``go``, and ends if that never comes.
+
+    So that a supervisor killed between starting a trainer and recording its pid leaves no trainer behind.
+    """
+
+    def __init__(
+        self,
+        run: RunDirectory,
+        *,
+        command: Sequence[str] | None = None,
+        attempt: int,
+        environment: Mapping[str, str],
+    ) -> None:
+        run.path.mkdir(parents=True, exist_ok=True)
+        with run.log_file.open("ab") as log:
+            process = subprocess.Popen(
+                [*(command or _TRAINER), str(run.path), "--attempt", str(attempt), "--await-go"],
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                cwd=run.path,
+                env=environment,
+                start_new_session=True,
+            )
+        super().__init__(process)
+
+    def go(self) -> None:
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(b"go\n")
+            self._process.stdin.close()
+        except BrokenPipeError:
+            pass  # it died already; poll() tells how
+
+
+class SpareTrainer(_Child):
+    """A trainer started before its job, importing, then waiting (``training.spare``). It serves one job.
+
+    It ends when this process does, or when ``kill`` is called, unless it has taken a job.
+    """
+
+    def __init__(self, environment: Mapping[str, str]) -> None:
+        ours, theirs = socket.socketpair()
+        try:
+            with theirs:
+                process = subprocess.Popen(
+                    [*_TRAINER, "--spare"],
+                    stdin=theirs.fileno(),
+                    env={**environment, **_SPARE_ENVIRONMENT},
+                    start_new_session=True,
+                )
+        except BaseException:
+            ours.close()
+            raise
+        self._channel = ours
+        super().__init__(process)
+
+    def take(self, orders: Orders, *, within: float) -> bool:
+        """Make it the trainer of a job; False when it did not answer within so many seconds, and was killed.
+
+        The caller has recorded its pid before, so that it can be found again.
+        """
+        self._channel.settimeout(within)
+        try:
+            with self._channel:
+                self._channel.sendall(orders.model_dump_json().encode() + b"\n")
+                taken = self._channel.recv(len(TAKEN)) == TAKEN
+        except OSError:  # it died, or did not answer in time
+            taken = False
+        if not taken:
+            self.kill()
+        return taken
+
+    def kill(self) -> None:
+        self._channel.close()
+        super().kill()
 
 
 class AdoptedTrainer:

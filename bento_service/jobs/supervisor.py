@@ -4,6 +4,7 @@ import os
 import shlex
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import structlog
@@ -15,13 +16,23 @@ from bento_service.jobs import result_files, trainer_log
 from bento_service.jobs.devices import Devices, visible_devices
 from bento_service.jobs.disk import disk_need
 from bento_service.jobs.job import Attempt, Job, JobError, JobStatus, Lease
-from bento_service.jobs.launcher import NO_TRAINER, AdoptedTrainer, Exit, LaunchedTrainer, Trainer
+from bento_service.jobs.launcher import (
+    NO_TRAINER,
+    AdoptedTrainer,
+    Exit,
+    LaunchedTrainer,
+    SpareTrainer,
+    Trainer,
+    trainer_environment,
+)
+from bento_service.jobs.spares import SpareTrainers
 from bento_service.jobs.store import LeaseLost, Store
 from bento_service.jobs.verdict import StopReason, judge
 from bento_service.settings import Settings
 from bento_service.training import lease as trainer_lease
 from bento_service.training.events import read_events
 from bento_service.training.run_directory import RunDirectory
+from bento_service.training.spare import Orders
 
 log = structlog.get_logger("supervisor")
 
@@ -43,6 +54,7 @@ class Run:
     stop: StopReason | None = None
     kill_at: float | None = None
     idle_reported: bool = False
+    trains: bool = False  # past imports and loading
     wanted: str | None = field(default=None)
 
 
@@ -57,6 +69,9 @@ class Supervisor:
         self.owner = f"{self.host}:{os.getpid()}:{time.time():.3f}"
         self.draining = False
         self.runs: dict[str, Run] = {}
+        self.spares = SpareTrainers(
+            0 if settings.trainer_command else settings.warm_trainers, self._environment(self.devices.ids)
+        )
 
     def reconcile(self) -> None:
         """Before anything is claimed: take over what an earlier supervisor of this host left running."""
@@ -70,6 +85,7 @@ class Supervisor:
             if attempt.pid is not None and attempt.pid_created_at is not None:
                 trainer = AdoptedTrainer(attempt.pid, attempt.pid_created_at)
             self._hold(job, lease, trainer, attempt)
+            self.runs[job.id].trains = True
             log.info("job taken over", job=job.id, trainer=trainer.pid, alive=trainer.poll() is None)
             if trainer.poll() is None:
                 trainer_lease.renew(self._directory(job).lease_file, time.time())
@@ -100,10 +116,14 @@ class Supervisor:
             log.warning("lease lost", reason=str(lost))
         except SQLAlchemyError as error:
             log.error("the database does not answer", error=str(error))
+        if not self.draining and all(run.trains for run in self.runs.values()):
+            # Imports take seconds of CPU, so not while a job is at that itself.
+            self.spares.replenish(len(self._free_devices()) + 1)
 
     def drain(self) -> None:
         """Claim nothing more; ask every trainer to checkpoint and end. ``step`` sees it through."""
         self.draining = True
+        self.spares.close()
         for run in self.runs.values():
             if run.stop is None:
                 self._ask_to_stop(run, "drain")
@@ -147,6 +167,7 @@ class Supervisor:
             if not events:
                 return
             self.store.record(run.lease, events, offset=offset)
+            run.trains = run.trains or any(event.type in ("progress", "metrics") for event in events)
             run.offset = offset
             run.last_event = time.monotonic()
             run.idle_reported = False
@@ -220,8 +241,7 @@ class Supervisor:
     # --------------------------------------------------------------- claiming
 
     def _claim_next(self) -> bool:
-        taken = {device for run in self.runs.values() for device in run.devices}
-        free = [device for device in self.devices.ids if device not in taken]
+        free = self._free_devices()
         if not free:
             return False
         job = self.store.claim(
@@ -244,28 +264,42 @@ class Supervisor:
         try:
             directory.write_spec(job.spec)
             trainer_lease.grant(directory.lease_file, self.settings.lease_seconds)
-            trainer = LaunchedTrainer(
-                directory,
-                command=shlex.split(self.settings.trainer_command or ""),
-                attempt=job.attempt,
-                devices=devices,
-                kind=self.devices.kind,
-                threads=self._threads(),
-            )
+            trainer = self._launch(job, lease, directory, devices)
         except OSError as error:
             # The run directory cannot be written or no process be started: this host's trouble, not the job's.
             log.error("launch failed", job=job.id, error=str(error))
             self._conclude_unlaunched(job, lease, error)
             return True
+        self._hold(job, lease, trainer, self.store.list_attempts(job.id)[-1])
+        spare = isinstance(trainer, SpareTrainer)
+        log.info("trainer started", job=job.id, attempt=job.attempt, pid=trainer.pid, devices=devices, spare=spare)
+        return True
+
+    def _launch(self, job: Job, lease: Lease, run: RunDirectory, devices: tuple[str, ...]) -> Trainer:
+        """A trainer at work on the job: a spare one if there is one that takes it, else a new process.
+
+        Either is recorded before it is told to start. Raises LeaseLost, OSError.
+        """
+        environment = self._environment(devices)
+        if (spare := self.spares.pop()) is not None:
+            orders = Orders(run_directory=run.path, attempt=job.attempt, environment=environment)
+            self._record(lease, spare, devices)
+            # The leases of other jobs wait meanwhile.
+            if spare.take(orders, within=min(5.0, self.settings.lease_seconds / 6)):
+                return spare
+            log.warning("spare trainer did not take its job, another is started", job=job.id, pid=spare.pid)
+        command = shlex.split(self.settings.trainer_command or "")
+        launched = LaunchedTrainer(run, command=command, attempt=job.attempt, environment=environment)
+        self._record(lease, launched, devices)
+        launched.go()
+        return launched
+
+    def _record(self, lease: Lease, trainer: Trainer, devices: tuple[str, ...]) -> None:
         try:
             self.store.launched(lease, pid=trainer.pid, pid_created_at=trainer.created_at, devices=devices)
         except BaseException:
             trainer.kill()  # unrecorded, so nobody could ever find it again
             raise
-        trainer.go()
-        self._hold(job, lease, trainer, self.store.list_attempts(job.id)[-1])
-        log.info("trainer started", job=job.id, attempt=job.attempt, pid=trainer.pid, devices=devices)
-        return True
 
     def _conclude_unlaunched(self, job: Job, lease: Lease, error: OSError) -> None:
         verdict = judge(
@@ -322,6 +356,13 @@ class Supervisor:
 
     def _directory(self, job: Job) -> RunDirectory:
         return RunDirectory(self.settings.runs_path / job.id)
+
+    def _free_devices(self) -> list[str]:
+        taken = {device for run in self.runs.values() for device in run.devices}
+        return [device for device in self.devices.ids if device not in taken]
+
+    def _environment(self, devices: Sequence[str]) -> dict[str, str]:
+        return trainer_environment(devices, self.devices.kind, self._threads())
 
     def _threads(self) -> int | None:
         """CPU threads of one trainer, where several share the cores."""

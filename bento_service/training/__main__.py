@@ -2,7 +2,7 @@
 
 Reads the run's specification, trains it with the recipe of its method, and says how that went in ``outcome.json``,
 its last act. Exit status 0: succeeded, or stopped by SIGTERM; 1: failed. Nothing heavy is imported before the first
-event is written.
+event is written, except with ``--spare``: everything is imported first, and the job comes later (see ``spare``).
 """
 
 import argparse
@@ -17,7 +17,7 @@ import traceback
 from pathlib import Path
 
 from bento_service.errors import TrlRemoteError
-from bento_service.training import checkpoints, manifest
+from bento_service.training import checkpoints, manifest, spare
 from bento_service.training.events import EventWriter
 from bento_service.training.lease import LeaseWatch
 from bento_service.training.recipes import RECIPES
@@ -31,36 +31,44 @@ CPU_OUT_OF_MEMORY = "DefaultCPUAllocator: can't allocate memory"
 def main(arguments: list[str] | None = None) -> int:
     """Carry out one attempt; return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m bento_service.training")
-    parser.add_argument("run_directory", type=Path)
-    parser.add_argument("--attempt", type=int, required=True, help="which launch of the job this is, from 1")
+    parser.add_argument("run_directory", type=Path, nargs="?")
+    parser.add_argument("--attempt", type=int, help="which launch of the job this is, from 1")
     parser.add_argument(
         "--await-go",
         action="store_true",
         help="do nothing until a line 'go' comes on standard input; end if that is closed without one",
     )
+    parser.add_argument(
+        "--spare",
+        action="store_true",
+        help="import everything, and wait for run directory and attempt on standard input, a socket",
+    )
     parsed = parser.parse_args(arguments)
+    if parsed.spare == (parsed.run_directory is not None and parsed.attempt is not None):
+        parser.error("needs a run directory and --attempt, or --spare alone")
     # Nothing is written before the supervisor has recorded this process, so that it can always be found again.
     if parsed.await_go and sys.stdin.readline() != "go\n":
         return 0
-    # TRL reports its use to the Hugging Face hub unless told not to; the operator may choose otherwise.
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    # A trainer on a CPU shares its cores. OpenMP threads that spin while they wait made a forward pass two to three
-    # times slower on two cores that others used as well. Read when torch is loaded.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    _set_defaults()
+    directory, attempt = parsed.run_directory, parsed.attempt
+    if parsed.spare:
+        orders = spare.await_orders(RECIPES.values())
+        directory, attempt = orders.run_directory, orders.attempt
+        _set_defaults()  # the environment is the job's
 
     stop = StopSwitch()
-    run = RunDirectory(parsed.run_directory.absolute())
+    run = RunDirectory(directory.absolute())
     events = EventWriter(run.events_file)
     stop.install()
     LeaseWatch(run.lease_file).start()
     try:
-        outcome = _train(run, events, stop, parsed.attempt)
+        outcome = _train(run, events, stop, attempt)
     except StopRequested:
-        outcome = Outcome(attempt=parsed.attempt, status="stopped")
+        outcome = Outcome(attempt=attempt, status="stopped")
     except Exception as error:
         stop.defer()
         run.release_room()
-        outcome = failure(error, parsed.attempt)
+        outcome = failure(error, attempt)
         if outcome.code == "disk_full":
             checkpoints.remove_torn(run)
         _report_failure(events, outcome)
@@ -69,6 +77,15 @@ def main(arguments: list[str] | None = None) -> int:
     shutil.rmtree(run.cache, ignore_errors=True)
     run.write_outcome(outcome)
     return 1 if outcome.status == "failed" else 0
+
+
+def _set_defaults() -> None:
+    """What the environment of a trainer holds unless the operator chose otherwise."""
+    # TRL reports its use to the Hugging Face hub unless told not to.
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    # A trainer on a CPU shares its cores. OpenMP threads that spin while they wait made a forward pass two to three
+    # times slower on two cores that others used as well. Read when torch is loaded.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 def _train(run: RunDirectory, events: EventWriter, stop: StopSwitch, attempt: int) -> Outcome:

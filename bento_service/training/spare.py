@@ -1,0 +1,117 @@
+"""A trainer that is started before its job: it imports what recipes need, and waits for orders meanwhile.
+
+Its standard input is a socket to the supervisor. One line comes over it, ``Orders`` as JSON; the spare takes on the
+job's environment, folder and log and answers ``TAKEN``. From then on it is the job's trainer as if it had been started
+for it. The other end closed means that nobody will ever give orders: the spare ends at once.
+"""
+
+import contextlib
+import gc
+import importlib
+import os
+import threading
+import traceback
+from collections.abc import Iterable
+from pathlib import Path
+
+from pydantic import BaseModel
+
+from bento_service.training.run_directory import RunDirectory
+
+TAKEN = b"taken\n"
+
+# proc(5): which process the kernel ends first when memory runs out. 1000 is before all others.
+_OOM_SCORE = Path("/proc/self/oom_score_adj")
+
+
+class Orders(BaseModel):
+    run_directory: Path
+    attempt: int
+    environment: dict[str, str]  # all of it
+
+
+def await_orders(modules: Iterable[str]) -> Orders:
+    """Import ``modules``; return when that is done and orders were taken, in whichever order that comes.
+
+    Ends the process when there will be no orders, or when they cannot be followed (the error goes to standard error).
+    """
+    listener = _Listener()
+    listener.start()
+    for module in modules:
+        importlib.import_module(module)
+    _compile_conversions()
+    # Some million objects that stay to the end. Else the garbage collector walks all of them again and again: 0.3 s
+    # each time that accelerate asks for a full collection, the first before the first step.
+    gc.collect()
+    gc.freeze()
+    listener.join()
+    assert listener.orders is not None
+    return listener.orders
+
+
+class _Listener(threading.Thread):
+    """Waits for orders beside the imports, so that neither orders nor the supervisor's end have to wait for them."""
+
+    def __init__(self) -> None:
+        super().__init__(name="await-orders", daemon=True)
+        self.orders: Orders | None = None
+        self._oom_score = _OOM_SCORE.read_text() if _OOM_SCORE.exists() else None
+        if self._oom_score is not None:
+            _OOM_SCORE.write_text("1000")  # rather this one than any trainer with work to lose
+
+    def run(self) -> None:
+        line = _read_line()
+        if not line:
+            os._exit(0)
+        try:
+            orders = Orders.model_validate_json(line)
+            self._take(orders)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)  # without TAKEN the supervisor starts another trainer for the job
+        self.orders = orders
+
+    def _take(self, orders: Orders) -> None:
+        if self._oom_score is not None:
+            _OOM_SCORE.write_text(self._oom_score)
+        for name in os.environ.keys() - orders.environment.keys():
+            del os.environ[name]
+        os.environ.update(orders.environment)
+        os.chdir(orders.run_directory)
+        log = os.open(RunDirectory(orders.run_directory).log_file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        os.close(log)
+        # A supervisor that died after it gave orders has recorded this trainer before: the next one adopts it.
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            os.write(0, TAKEN)
+        nothing = os.open(os.devnull, os.O_RDONLY)
+        os.dup2(nothing, 0)
+        os.close(nothing)
+
+
+def _read_line() -> bytes:
+    """One line from standard input; empty when it was closed before the line's end.
+
+    Not through sys.stdin, whose lock, held while it waits, would make the interpreter abort if imports fail.
+    """
+    line = b""
+    while not line.endswith(b"\n"):
+        try:
+            part = os.read(0, 65536)
+        except ConnectionResetError:
+            part = b""
+        if not part:
+            return b""
+        line += part
+    return line
+
+
+def _compile_conversions() -> None:
+    """Have transformers build its table of checkpoint formats: about a thousand regular expressions, 0.6 s.
+
+    It keeps the table; the name asked for does not matter.
+    """
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+    get_checkpoint_conversion_mapping("llama")
