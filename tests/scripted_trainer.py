@@ -27,12 +27,17 @@ from pathlib import Path
 from bento_service.training.events import EventWriter, read_events
 from bento_service.training.lease import LeaseWatch
 from bento_service.training.run_directory import Outcome, RunDirectory
+from bento_service.training.spare import await_orders
 
 parser = argparse.ArgumentParser()
-parser.add_argument("run", type=Path)
-parser.add_argument("--attempt", type=int, required=True)
+parser.add_argument("run", type=Path, nargs="?")
+parser.add_argument("--attempt", type=int)
 parser.add_argument("--await-go", action="store_true")
+parser.add_argument("--spare", action="store_true")
 arguments = parser.parse_args()
+if arguments.spare:
+    orders = await_orders(lambda: None)
+    arguments.run, arguments.attempt = orders.run_directory, orders.attempt
 if arguments.await_go and sys.stdin.readline() != "go\n":
     sys.exit(0)
 

@@ -14,7 +14,7 @@ import psutil
 
 import bento_service
 from bento_service.training.run_directory import RunDirectory
-from bento_service.training.spare import TAKEN, Orders
+from bento_service.training.spare import LISTENING, TAKEN, Orders
 
 # What a trainer gets of the service's environment. The rest, API keys and the database's address among it,
 # stays out.
@@ -133,12 +133,12 @@ class SpareTrainer(_Child):
     It ends when this process does, or when ``kill`` is called, unless it has taken a job.
     """
 
-    def __init__(self, environment: Mapping[str, str]) -> None:
+    def __init__(self, environment: Mapping[str, str], *, command: Sequence[str] | None = None) -> None:
         ours, theirs = socket.socketpair()
         try:
             with theirs:
                 process = subprocess.Popen(
-                    [*_TRAINER, "--spare"],
+                    [*(command or _TRAINER), "--spare"],
                     stdin=theirs.fileno(),
                     env={**environment, **_SPARE_ENVIRONMENT},
                     start_new_session=True,
@@ -147,7 +147,17 @@ class SpareTrainer(_Child):
             ours.close()
             raise
         self._channel = ours
+        self._listening = False
         super().__init__(process)
+
+    def is_listening(self) -> bool:
+        """Whether it has got far enough to take a job: its interpreter runs."""
+        if not self._listening:
+            try:
+                self._listening = self._channel.recv(len(LISTENING), socket.MSG_DONTWAIT) == LISTENING
+            except OSError:  # nothing said yet, or gone
+                return False
+        return self._listening
 
     def take(self, orders: Orders, *, within: float) -> bool:
         """Make it the trainer of a job; False when it did not answer within so many seconds, and was killed.

@@ -52,7 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
     _set_defaults()
     directory, attempt = parsed.run_directory, parsed.attempt
     if parsed.spare:
-        orders = spare.await_orders(RECIPES.values())
+        orders = spare.await_orders(lambda: spare.import_all(RECIPES.values()))
         directory, attempt = orders.run_directory, orders.attempt
         _set_defaults()  # the environment is the job's
 

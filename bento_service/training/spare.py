@@ -1,8 +1,9 @@
 """A trainer that is started before its job: it imports what recipes need, and waits for orders meanwhile.
 
-Its standard input is a socket to the supervisor. One line comes over it, ``Orders`` as JSON; the spare takes on the
-job's environment, folder and log and answers ``TAKEN``. From then on it is the job's trainer as if it had been started
-for it. The other end closed means that nobody will ever give orders: the spare ends at once.
+Its standard input is a socket to the supervisor. It says ``LISTENING`` as soon as it can take orders, long before its
+imports are done. One line comes back, ``Orders`` as JSON; the spare takes on the job's environment, folder and log and
+answers ``TAKEN``. From then on it is the job's trainer as if it had been started for it. The other end closed means
+that nobody will ever give orders: the spare ends at once.
 """
 
 import contextlib
@@ -11,13 +12,14 @@ import importlib
 import os
 import threading
 import traceback
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from pydantic import BaseModel
 
 from bento_service.training.run_directory import RunDirectory
 
+LISTENING = b"listening\n"
 TAKEN = b"taken\n"
 
 # proc(5): which process the kernel ends first when memory runs out. 1000 is before all others.
@@ -30,13 +32,21 @@ class Orders(BaseModel):
     environment: dict[str, str]  # all of it
 
 
-def await_orders(modules: Iterable[str]) -> Orders:
-    """Import ``modules``; return when that is done and orders were taken, in whichever order that comes.
+def await_orders(prepare: Callable[[], None]) -> Orders:
+    """Run ``prepare``; return when that is done and orders were taken, in whichever order that comes.
 
     Ends the process when there will be no orders, or when they cannot be followed (the error goes to standard error).
     """
     listener = _Listener()
     listener.start()
+    prepare()
+    listener.join()
+    assert listener.orders is not None
+    return listener.orders
+
+
+def import_all(modules: Iterable[str]) -> None:
+    """Import these modules and make ready what they would make ready for the first job."""
     for module in modules:
         importlib.import_module(module)
     _compile_conversions()
@@ -44,13 +54,10 @@ def await_orders(modules: Iterable[str]) -> Orders:
     # each time that accelerate asks for a full collection, the first before the first step.
     gc.collect()
     gc.freeze()
-    listener.join()
-    assert listener.orders is not None
-    return listener.orders
 
 
 class _Listener(threading.Thread):
-    """Waits for orders beside the imports, so that neither orders nor the supervisor's end have to wait for them."""
+    """Waits for orders beside the preparations: neither orders nor the supervisor's end have to wait for them."""
 
     def __init__(self) -> None:
         super().__init__(name="await-orders", daemon=True)
@@ -60,6 +67,7 @@ class _Listener(threading.Thread):
             _OOM_SCORE.write_text("1000")  # rather this one than any trainer with work to lose
 
     def run(self) -> None:
+        _say(LISTENING)
         line = _read_line()
         if not line:
             os._exit(0)
@@ -82,12 +90,16 @@ class _Listener(threading.Thread):
         os.dup2(log, 1)
         os.dup2(log, 2)
         os.close(log)
-        # A supervisor that died after it gave orders has recorded this trainer before: the next one adopts it.
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-            os.write(0, TAKEN)
+        _say(TAKEN)
         nothing = os.open(os.devnull, os.O_RDONLY)
         os.dup2(nothing, 0)
         os.close(nothing)
+
+
+def _say(what: bytes) -> None:
+    """To the supervisor. Of one that has died ``_read_line`` hears, or, after its orders, the next one adopts this."""
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+        os.write(0, what)
 
 
 def _read_line() -> bytes:

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import httpx2
 import openai
+import psutil
 import pytest
 
+from bento_service.jobs.store import Store
 from tests.bento_server import bento_server
 from tests.core_factory import PAIRS, json_lines
 from tests.tiny_model import make_tiny_model
@@ -31,7 +33,8 @@ def models(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def server(models, tmp_path_factory):
-    with bento_server(tmp_path_factory.mktemp("service"), models=models) as server:
+    spares = {"TRL_WARM_TRAINERS": "1"}
+    with bento_server(tmp_path_factory.mktemp("service"), models=models, environment=spares) as server:
         yield server
 
 
@@ -53,7 +56,22 @@ def ended(client, job_id, server):
     raise AssertionError(f"job {job_id} has not ended:\n{server.log()}")
 
 
+def wait_for_spare(server):
+    """The spare trainer, past its interpreter's start; it takes a job in the middle of its imports, too."""
+    deadline = time.monotonic() + TRAINING_SECONDS
+    while time.monotonic() < deadline:
+        for process in psutil.Process(server.process.pid).children(recursive=True):
+            try:
+                if "--spare" in process.cmdline() and process.memory_info().rss > 2**28:
+                    return process
+            except psutil.NoSuchProcess:
+                continue
+        time.sleep(0.1)
+    raise AssertionError(f"there is no spare trainer:\n{server.log()}")
+
+
 def test_a_job_is_trained_and_followed(client, server):
+    spare = wait_for_spare(server)
     file = client.files.create(file=("pairs.jsonl", json_lines(PAIRS * 4)), purpose="fine-tune")
     submitted = client.fine_tuning.jobs.create(
         model=MODEL,
@@ -65,6 +83,10 @@ def test_a_job_is_trained_and_followed(client, server):
     assert job.status == "succeeded", (job.error, server.log())
     assert job.fine_tuned_model.startswith(f"ft:{MODEL}:")
     assert job.trained_tokens > 0
+    store = Store.open(f"sqlite:///{server.home / 'trl-remote.db'}")
+    assert [attempt.pid for attempt in store.list_attempts(job.id)] == [spare.pid]
+    store.close()
+    assert not spare.is_running()
 
     events = list(client.fine_tuning.jobs.list_events(job.id, limit=5))[::-1]
     assert [event.data["seq"] for event in events] == list(range(1, len(events) + 1))

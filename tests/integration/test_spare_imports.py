@@ -1,0 +1,44 @@
+"""What a spare trainer has done when it waits: everything is imported, and no GPU was asked for.
+
+The CUDA driver reads CUDA_VISIBLE_DEVICES once, when it is first asked for anything; a spare gets its device later.
+"""
+
+import json
+import subprocess
+import sys
+
+PROGRAM = """
+import json, sys, threading
+import torch
+
+asked = []
+for module, name in (
+    (torch._C, "_cuda_getDeviceCount"), (torch._C, "_cuda_init"), (torch.cuda, "_lazy_init"),
+    (torch.cuda, "is_available"), (torch.cuda, "device_count"),
+):
+    if hasattr(module, name):  # CPU builds lack some
+        setattr(module, name, lambda *given, name=name: asked.append(name) or 0)
+
+from bento_service.training import spare
+from bento_service.training.__main__ import RECIPES
+
+spare.import_all(RECIPES.values())
+torch.cuda.is_available()  # the list is one that fills
+threads = [thread.name for thread in threading.enumerate()]
+print(json.dumps({"asked": asked, "modules": sorted(sys.modules), "threads": threads}))
+"""
+
+
+def test_everything_is_imported_and_cuda_was_not_asked():
+    found = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True, timeout=250)
+    after = json.loads(found.stdout)
+    assert after["asked"] == ["is_available"]
+    assert {
+        "trl.trainer.dpo_trainer",
+        "transformers.trainer",
+        "transformers.models.auto.modeling_auto",
+        "peft",
+        "datasets",
+        "accelerate",
+    } <= set(after["modules"])
+    assert after["threads"] == ["MainThread"]
