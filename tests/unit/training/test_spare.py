@@ -1,6 +1,6 @@
 """A spare trainer takes on a job as if it had been started for it, and never outlives its supervisor.
 
-The preparations are stand-ins: what recipes import is a matter of tests/integration/test_spare.py.
+The preparations are stand-ins: what recipes import is a matter of tests/integration/test_spare_imports.py.
 """
 
 import json
