@@ -1,0 +1,169 @@
+"""How much memory a run takes, by arithmetic on its model's shape and its batches. Nothing is loaded or measured here.
+
+What is counted, in bytes. Trained and frozen weights are float32 (TRL's recipe, ``models.load_model``):
+
+    weights      4 a parameter, 4 a parameter of the adapter, and under bf16 or fp16 2 a parameter of the layers:
+                 autocast's copies of weights live from the forward pass to the backward pass
+    reference    4 a parameter where a second model is kept: full fine-tuning without precomputed reference scores
+    gradients    4 a trained parameter
+    optimizer    8 a trained parameter for Adam's two moments, 0 for SGD without momentum
+    activations  what one micro-batch's forward pass keeps for its backward pass, and the vocabulary's logits
+    overhead     the process: interpreter, libraries, and the CUDA context
+
+The bytes that autograd keeps of a layer for one token were read off PyTorch's saved-tensor hooks with transformers'
+Llama and Qwen3 (sdpa attention), by varying one size at a time; ``benchmarks/memory.py`` compares the sum with the
+peak of real runs.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from bento_service.training.model_shape import Architecture, ModelShape
+from bento_service.training.spec import TrainingSpec
+
+ComputePrecision = Literal["bf16", "fp16", "fp32"]
+DeviceKind = Literal["cuda", "cpu", "mps"]
+
+_WEIGHT = 4
+_GRADIENT = 4
+MOMENTS = {"adamw": 8, "adam": 8, "sgd": 0}  # bytes a trained parameter
+
+# trl.kernels.chunked_logprob: logits are made in tiles of so many tokens and vocabulary entries at most.
+_TILE_TOKENS = 4096
+_TILE_VOCABULARY = 32768
+# float32 tensors of a tile's size that its backward pass holds at once. Where Triton works (CUDA) it is done in place.
+_TILE_COPIES = {"cuda": 1, "cpu": 9, "mps": 9}
+
+# A process that has imported torch, transformers, trl, peft and datasets and trained a model of no size (measured on
+# Linux with CPU). For CUDA: its context and cuBLAS workspaces, taken from PyTorch's documentation, not measured.
+OVERHEAD = {"cuda": 1_000_000_000, "cpu": 750_000_000, "mps": 1_000_000_000}
+
+
+@dataclass(frozen=True, kw_only=True)
+class MicroBatch:
+    """One forward pass, as large as it gets in the run.
+
+    ``tokens`` go through the layers, padding included; ``scored`` of them through the vocabulary's head; ``mask`` is
+    the number of values of the attention mask (0: none is made). ``adapter_forward`` is false for a pure evaluation.
+    """
+
+    tokens: int
+    scored: int
+    mask: int = 0
+
+
+def padded_batch(lengths: Sequence[int], rows_each: int, size: int) -> MicroBatch:
+    """The largest batch of a trainer that pads: ``size`` examples of ``rows_each`` sequences, all of the longest one.
+
+    ``lengths`` are those of the examples' longest sequences; the one that counts is the largest.
+    """
+    width = max(lengths)
+    tokens = rows_each * size * width
+    return MicroBatch(tokens=tokens, scored=tokens, mask=tokens * width)
+
+
+def packed_batch(lengths: Sequence[int], replies: Sequence[int]) -> MicroBatch:
+    """One batch of a trainer without padding: whole examples one after the other, each with its prompt once.
+
+    ``lengths`` are the examples' tokens, ``replies`` those of them that are scored.
+    """
+    return MicroBatch(tokens=sum(lengths), scored=sum(replies))
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryEstimate:
+    """Bytes on the device. ``activations`` is None when the model's architecture or its tokens are not known."""
+
+    weights: int
+    reference: int
+    gradients: int
+    optimizer: int
+    activations: int | None
+    overhead: int
+    accumulated: bool  # gradients of earlier micro-batches are there while the next one runs
+
+    @property
+    def certain(self) -> int:
+        """What is there at the end of a backward pass, whatever the data: no run needs less."""
+        return self.weights + self.reference + self.gradients + self.optimizer
+
+    @property
+    def total(self) -> int:
+        """The peak. Gradients grow as activations are freed: the two add up only where gradients are accumulated."""
+        activations = self.activations or 0
+        if self.accumulated:
+            return self.certain + activations + self.overhead
+        return self.certain + max(0, activations - self.gradients) + self.overhead
+
+
+def estimate(
+    spec: TrainingSpec, shape: ModelShape, precision: ComputePrecision, device: DeviceKind, batch: MicroBatch | None
+) -> MemoryEstimate:
+    """The memory of one process that trains as specified; ``batch`` is None when the data has not been looked at."""
+    options = spec.options
+    trained = shape.trained_parameters(options)
+    adapter = trained if options.tuning == "lora" else 0
+    needs_reference = spec.method == "dpo" and options.tuning == "full"
+    activations = None
+    if batch is not None and shape.architecture is not None:
+        activations = activation_bytes(spec, shape.architecture, precision, device, batch)
+    casts = 0 if precision == "fp32" else 2 * shape.layer_parameters
+    return MemoryEstimate(
+        weights=_WEIGHT * (shape.parameters + adapter) + casts,
+        reference=_WEIGHT * shape.parameters if needs_reference and not options.dpo.precompute_ref_log_probs else 0,
+        gradients=_GRADIENT * trained,
+        optimizer=MOMENTS[options.optimizer.name] * trained,
+        activations=activations,
+        overhead=OVERHEAD[device],
+        accumulated=options.gradient_accumulation_steps > 1,
+    )
+
+
+def activation_bytes(
+    spec: TrainingSpec, model: Architecture, precision: ComputePrecision, device: DeviceKind, batch: MicroBatch
+) -> int:
+    """What a forward pass keeps for its backward pass, with a layer's working set and the logits."""
+    options = spec.options
+    layer = _layer_bytes(model, precision, lora_rank=options.lora.rank if options.tuning == "lora" else None)
+    size = 4 if precision == "fp32" else 2
+    masked = 0
+    if batch.mask:
+        # A mask is made a matrix of floats in every layer, and keys and values are repeated for every query head.
+        masked = size * batch.mask + 2 * size * (model.attention_width - model.key_value_width) * batch.tokens
+    kept = layer * batch.tokens + masked
+    if options.gradient_checkpointing:
+        layers = model.layers * 4 * model.hidden * batch.tokens + kept
+    else:
+        layers = model.layers * kept
+    # The largest step of a layer's backward pass: gradients of the MLP's three inner tensors.
+    working = 3 * size * model.intermediate * batch.tokens
+    # Embeddings, the last norm (three float32 tensors), the head's input and its gradient, before and after reshaping.
+    ends = 8 * 4 * model.hidden * batch.tokens
+    tile = min(batch.scored, _TILE_TOKENS) * min(model.vocabulary, _TILE_VOCABULARY)
+    head = tile * (4 * _TILE_COPIES[device] if device != "cuda" else size)
+    head_gradient = _WEIGHT * model.vocabulary * model.hidden if options.tuning == "full" else 0
+    return layers + ends + max(working, head + head_gradient)
+
+
+def _layer_bytes(model: Architecture, precision: ComputePrecision, lora_rank: int | None) -> int:
+    """Bytes that a layer keeps of one token, without a mask. ``lora_rank`` is None in full fine-tuning.
+
+    The MLP keeps four inner tensors (gate, its activation, up, their product). A norm keeps its input and, when its
+    weight is trained, the normalized input, in float32; its output is kept once in float32, or under autocast in bf16
+    by each linear layer that reads it (three in attention, two in the MLP). Attention keeps queries, keys, values and
+    its output; through LoRA under autocast, the output's cast too.
+    """
+    size = 4 if precision == "fp32" else 2
+    trained_norms = 2 * 4 if lora_rank is None else 0
+    norms = 2 * 4 + trained_norms + (2 * 4 if precision == "fp32" else 5 * 2)
+    mlp = 4 * size
+    attention = 2 * size + (2 if lora_rank is not None and precision != "fp32" else 0)
+    kept = norms * model.hidden + mlp * model.intermediate + attention * model.attention_width
+    kept += 2 * size * model.key_value_width
+    if model.normalized_queries:
+        norm = 6 if precision != "fp32" else 4 + trained_norms // 2
+        kept += norm * (model.attention_width + model.key_value_width)
+    if lora_rank is not None:
+        kept += 7 * lora_rank * size  # each of seven linear layers keeps what lies between its adapter's two matrices
+    return kept
