@@ -1,6 +1,5 @@
 """The core object: what the service can do, independent of how it is asked. Knows no HTTP and no BentoML."""
 
-import re
 import secrets
 import threading
 import time
@@ -11,18 +10,16 @@ from typing import BinaryIO, Literal
 
 from sqlalchemy.exc import SQLAlchemyError
 
-from bento_service.base_models import BaseModels
+from bento_service.admission import Admission
 from bento_service.checkpoint_archive import CheckpointArchive, open_checkpoint
 from bento_service.errors import (
     InvalidDataset,
     InvalidRequest,
     NotFound,
     Overloaded,
-    ResourcesExceeded,
 )
 from bento_service.files import FileStorage, IncomingFile, StoredBytes
 from bento_service.jobs.devices import visible_devices
-from bento_service.jobs.disk import disk_need
 from bento_service.jobs.forecast import estimated_start
 from bento_service.jobs.job import (
     Attempt,
@@ -43,21 +40,12 @@ from bento_service.plain_file import PlainFile
 from bento_service.settings import Settings
 from bento_service.training import manifest
 from bento_service.training.preferences import require_valid
-from bento_service.training.recipes import RECIPES
 from bento_service.training.run_directory import RunDirectory
-from bento_service.training.spec import FULL_LEARNING_RATE, LORA_LEARNING_RATE, MethodName, TrainingSpec
+from bento_service.training.spec import MethodName
 from bento_service.url_import.download import UrlImports
-
-# What "auto" means. beta is the value of the DPO paper and of TRL; one pass, since preference data overfits early.
-AUTO_BETA = 0.1
-AUTO_BATCH_SIZE = 8
-AUTO_EPOCHS = 1
-AUTO_SEED = 42
 
 PURPOSE = "fine-tune"
 MAX_FILENAME = 255
-
-_SUFFIX = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
 class TrlPostTrainingImpl:
@@ -72,8 +60,8 @@ class TrlPostTrainingImpl:
         self.devices = visible_devices(settings)  # where jobs train on this host
         self._store = store
         self._files = files
-        self._models = BaseModels(settings)
         self._imports = UrlImports(settings)
+        self._admission = Admission(settings, self.devices, lambda file_id: self.file_content(file_id).path)
         self._catalog = ModelCatalog(settings.models_path, store)
         # Between a commit of bytes and their row in the store, nobody may delete these bytes as unused.
         self._files_lock = threading.Lock()
@@ -146,7 +134,8 @@ class TrlPostTrainingImpl:
     def submit(self, request: JobRequest, *, submitted_by: str | None = None) -> Job:
         """Check everything that can be checked now, and queue the job; it is committed when this returns.
 
-        A client id that is known returns its job when the request is the same, before anything else is checked.
+        A client id that is known returns its job when the request is the same, before anything else is checked. What
+        costs little is checked first (``admission``), the rows of the data last.
         Raises InvalidRequest (a missing file, a contradiction), UnknownModel, InvalidDataset, ResourcesExceeded,
         ClientIdConflict, TooManyJobs. After any of them nothing of the job is stored.
         """
@@ -155,27 +144,11 @@ class TrlPostTrainingImpl:
         # At once, and again when it is stored: in between, a large file may be checked for minutes.
         limits = OpenJobLimits(total=self.settings.max_open_jobs, per_caller=self.settings.max_open_jobs_per_key)
         self._store.require_room(submitted_by, limits)
-        self._require_consistent(request)
-        self._require_resources(request)
-        training_file = self._data_path(request.training_file, "training_file")
-        validation_file = None
-        if request.validation_file is not None:
-            validation_file = self._data_path(request.validation_file, "validation_file")
-        model_path = self._models.locate(request.model)
-        self._require_valid(training_file, "training_file", request.method)
-        if validation_file is not None:
-            self._require_valid(validation_file, "validation_file", request.method)
-
         short_id = secrets.token_hex(12)
-        spec = resolve_spec(
-            request,
-            job_id=f"ftjob-{short_id}",
-            model_path=model_path,
-            training_file=training_file,
-            validation_file=validation_file,
-            device=self.settings.device,
-        )
-        self._require_disk(spec)
+        spec = self._admission.judge(request, f"ftjob-{short_id}").require()
+        self._require_valid(Path(spec.training_file), "training_file", spec.method)
+        if spec.validation_file is not None:
+            self._require_valid(Path(spec.validation_file), "validation_file", spec.method)
         job = Job(
             id=spec.job_id,
             client_id=request.options.client_id,
@@ -308,29 +281,6 @@ class TrlPostTrainingImpl:
             )
         )
 
-    def _require_consistent(self, request: JobRequest) -> None:
-        if request.method not in RECIPES:
-            raise InvalidRequest(
-                f"The method {request.method} is not available in this version of the service: use "
-                f"{' or '.join(RECIPES)}.",
-                param="method.type",
-            )
-        if request.options.optimizer.learning_rate is not None and request.learning_rate_multiplier is not None:
-            raise InvalidRequest(
-                "Both learning_rate_multiplier and trl.optimizer.learning_rate are given: the first scales the "
-                "default rate, the second replaces it. Give one.",
-                param="trl.optimizer.learning_rate",
-            )
-        if request.suffix is not None and not _SUFFIX.fullmatch(request.suffix):
-            raise InvalidRequest(
-                f"suffix {request.suffix!r} must be 1 to 64 letters, digits, '_' or '-'.", param="suffix"
-            )
-        if request.validation_file is not None and request.options.evaluation.split > 0:
-            raise InvalidRequest(
-                "Both validation_file and trl.evaluation.split are given: held-out pairs come from one of them.",
-                param="trl.evaluation.split",
-            )
-
     def _with_forecast(self, jobs: Sequence[Job]) -> list[Job]:
         """The jobs with their estimated start; costs nothing where none of them waits."""
         if not any(job.status is JobStatus.QUEUED for job in jobs):
@@ -346,75 +296,9 @@ class TrlPostTrainingImpl:
 
         return [replace(job, estimated_start=start(job)) for job in jobs]
 
-    def _require_disk(self, spec: TrainingSpec) -> None:
-        need = disk_need(spec, self.settings.runs_path)
-        if not need.fits:
-            raise ResourcesExceeded(
-                f"The job {need.describe()}: keep fewer checkpoints with trl.saving.total_limit (now "
-                f"{spec.options.saving.total_limit}), or free some space under TRL_HOME on the service.",
-                param="trl.saving.total_limit",
-            )
-
-    def _require_resources(self, request: JobRequest) -> None:
-        here = self.devices
-        wanted = request.options.devices
-        if here.count == 0:
-            raise ResourcesExceeded(
-                "TRL_DEVICE is cuda, but this host has 0 GPUs: set TRL_DEVICE=auto or cpu on the service.",
-                param="trl.devices",
-            )
-        if wanted > here.count:
-            more = ", or raise TRL_CPU_SLOTS on the service" if here.kind == "cpu" else ""
-            raise ResourcesExceeded(
-                f"The job asks for {wanted} devices and this host has {here.describe()}: ask for fewer{more}.",
-                param="trl.devices",
-            )
-        if request.options.precision == "fp16" and here.kind == "cpu":
-            raise ResourcesExceeded(
-                "precision fp16 needs a GPU, and this host trains on its CPU: use auto, fp32 or bf16.",
-                param="trl.precision",
-            )
-
     def _require_valid(self, data: Path, param: str, method: MethodName) -> None:
         limits = self.settings
         require_valid(data, param, method=method, cap=limits.max_report_rows, bounds=limits.row_bounds)
-
-    def _data_path(self, file_id: str, param: str) -> Path:
-        try:
-            return self.file_content(file_id).path
-        except NotFound as error:
-            raise InvalidRequest(
-                f"{error.message} Upload the data with POST /v1/files, and give the id that it answers.", param=param
-            ) from error
-
-
-def resolve_spec(
-    request: JobRequest,
-    *,
-    job_id: str,
-    model_path: Path | None,
-    training_file: Path,
-    validation_file: Path | None,
-    device: Literal["auto", "cuda", "cpu", "mps"],
-) -> TrainingSpec:
-    """The complete specification of a job: every "auto" of the request replaced by its value."""
-    base_rate = LORA_LEARNING_RATE if request.options.tuning == "lora" else FULL_LEARNING_RATE
-    multiplier = 1.0 if request.learning_rate_multiplier is None else request.learning_rate_multiplier
-    return TrainingSpec(
-        job_id=job_id,
-        method=request.method,
-        model=request.model,
-        model_path=None if model_path is None else str(model_path),
-        training_file=str(training_file),
-        validation_file=None if validation_file is None else str(validation_file),
-        seed=AUTO_SEED if request.seed is None else request.seed,
-        beta=AUTO_BETA if request.beta is None else request.beta,
-        batch_size=AUTO_BATCH_SIZE if request.batch_size is None else request.batch_size,
-        n_epochs=AUTO_EPOCHS if request.n_epochs is None else request.n_epochs,
-        learning_rate=request.options.optimizer.learning_rate or base_rate * multiplier,
-        device=device,
-        options=request.options,
-    )
 
 
 def require_purpose(purpose: str) -> None:

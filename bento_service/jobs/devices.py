@@ -3,11 +3,16 @@
 import os
 import platform
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
+import psutil
 import pynvml
 
 from bento_service.settings import Settings
+
+# The memory limit of this process's control group, version 2 and 1, as a container sees it.
+_CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,35 @@ def visible_devices(settings: Settings) -> Devices:
     if settings.device == "mps" or (settings.device == "auto" and apple):
         return Devices("mps", ("0",))
     return Devices("cpu", tuple(str(slot) for slot in range(settings.cpu_slots)))
+
+
+def device_memory(devices: Devices) -> int | None:
+    """Bytes of memory of one device, of the largest where they differ; None when that cannot be told.
+
+    Of a CPU it is the host's memory, or what the control group of this process may use.
+    """
+    if devices.kind != "cuda":
+        limits = [
+            int(file.read_text()) for file in _CGROUP_LIMITS if file.is_file() and file.read_text().strip() != "max"
+        ]
+        return min([psutil.virtual_memory().total, *limits])
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return None
+    try:
+        return max(int(pynvml.nvmlDeviceGetMemoryInfo(_handle(name)).total) for name in devices.ids)
+    except pynvml.NVMLError:
+        return None  # a driver that does not tell, as of some virtual GPUs
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def _handle(name: str) -> Any:
+    """NVML's handle of a GPU, by its index or its UUID."""
+    if name.isdecimal():
+        return pynvml.nvmlDeviceGetHandleByIndex(int(name))
+    return pynvml.nvmlDeviceGetHandleByUUID(name)
 
 
 def _gpus() -> tuple[str, ...]:

@@ -188,6 +188,10 @@ class TrlOptions(Options):
     gradient_checkpointing: bool = Field(
         default=False, description="Recompute activations in the backward pass: less memory, about a third slower."
     )
+    check_memory: bool = Field(
+        default=True,
+        description="Refuse the job when its weights, gradients and optimizer alone cannot fit on the device.",
+    )
     activation_offloading: bool = Field(default=False, description="Keep activations in host memory.")
     shuffle: bool = Field(default=True, description="Shuffle the pairs each epoch, by seed.")
     max_steps: int | None = Field(default=None, ge=1, description="Stop after this many optimizer steps in all.")

@@ -8,6 +8,7 @@ import numpy
 import pytest
 from safetensors.numpy import save_file
 
+from bento_service.admission import AUTO_BATCH_SIZE, AUTO_BETA, AUTO_EPOCHS, AUTO_SEED
 from bento_service.errors import (
     ClientIdConflict,
     Conflict,
@@ -19,7 +20,6 @@ from bento_service.errors import (
     UnknownModel,
 )
 from bento_service.jobs.job import JobStatus
-from bento_service.post_training import AUTO_BATCH_SIZE, AUTO_BETA, AUTO_EPOCHS, AUTO_SEED
 from bento_service.training.spec import FULL_LEARNING_RATE, LORA_LEARNING_RATE
 from tests.core_factory import MODEL, PAIRS, core, request, upload
 
@@ -208,6 +208,21 @@ def test_a_job_whose_checkpoints_do_not_fit_on_the_disk_is_refused_with_both_num
     assert caught.value.param == "trl.saving.total_limit"
     assert len(impl.list_jobs().data) == 1
     assert impl.submit(request(file_id, options={"tuning": "full", "saving": {"total_limit": 1}})).id
+
+
+def test_a_job_that_cannot_fit_in_memory_is_refused_unless_told_otherwise(impl, file_id, monkeypatch):
+    save_file({"model.layers.0.q_proj.weight": numpy.zeros((1000, 1000), numpy.float32)}, _weights(impl))
+    # Full fine-tuning keeps 20 bytes of each of the 1e6 parameters: itself, its reference, gradient and two moments.
+    monkeypatch.setattr("bento_service.admission.device_memory", lambda devices: 18_000_000)
+    with pytest.raises(ResourcesExceeded, match=r"0\.02 GB of memory.*device has 0\.02 GB.*lora") as caught:
+        impl.submit(request(file_id, options={"tuning": "full"}))
+    assert caught.value.param == "trl.tuning"
+    assert impl.list_jobs().data == []
+    assert impl.submit(request(file_id)).id
+    assert impl.submit(request(file_id, options={"tuning": "full", "check_memory": False})).id
+    # Within the margin of the estimate the job gets its chance.
+    monkeypatch.setattr("bento_service.admission.device_memory", lambda devices: 18_500_000)
+    assert impl.submit(request(file_id, options={"tuning": "full"})).id
 
 
 def test_weights_that_were_not_downloaded_are_refused(impl, file_id):
