@@ -1,19 +1,27 @@
 """Rows of messages: what is wrong with them, and their form in TRL."""
 
+from collections.abc import Iterable
 from itertools import takewhile
 from typing import Any
 
 from bento_service.training.dataset_report import ABSENT, Defect, Row, empty, kind
-from bento_service.training.text_rows import PAIR, REPLIES, SAME_REPLIES, unpaired_label
+from bento_service.training.text_rows import PAIR, REPLIES, SAME_REPLIES
 
 ROLES = frozenset({"system", "developer", "user", "assistant", "tool"})  # what chat templates know
 INSTRUCTIONS = frozenset({"system", "developer"})
+
+# What a message may hold beside its text, and why it is refused: leaving it out would teach something else.
+UNTAUGHT = {
+    "tool_calls": "calls of tools are not trained on here",
+    "function_call": "calls of functions are not trained on here",
+    "audio": "only text is trained on here",
+}
 
 Messages = list[dict[str, Any]]
 
 
 def message_pair(row: Row) -> list[Defect]:
-    defects = [defect for column in PAIR for defect in message_defects(column, row.get(column, ABSENT))]
+    defects = tool_defects(row) + columns_defects(row, PAIR)
     if defects:
         return defects
     return _pair_defects(("prompt", row["prompt"]), ("chosen", row["chosen"]), ("rejected", row["rejected"]))
@@ -29,11 +37,8 @@ def openai_pair(row: Row) -> list[Defect]:
         defects.append(Defect("wrong_type", "input", f'must be {{"messages": [...]}}, not {kind(given)}', given))
     else:
         defects += message_defects("input.messages", given.get("messages", ABSENT))
-        if given.get("tools"):
-            reason = "are not trained on here: leave them out"
-            defects.append(Defect("unsupported", "input.tools", reason, given["tools"]))
-    for column in ("preferred_output", "non_preferred_output"):
-        defects += message_defects(column, row.get(column, ABSENT))
+        defects += tool_defects(given, "input.")
+    defects += columns_defects(row, ("preferred_output", "non_preferred_output"))
     if defects:
         return defects
     return _pair_defects(
@@ -44,7 +49,7 @@ def openai_pair(row: Row) -> list[Defect]:
 
 
 def message_implicit(row: Row) -> list[Defect]:
-    defects = [defect for column in REPLIES for defect in message_defects(column, row.get(column, ABSENT))]
+    defects = tool_defects(row) + columns_defects(row, REPLIES)
     if defects:
         return defects
     chosen, rejected = spoken(row["chosen"]), spoken(row["rejected"])
@@ -67,23 +72,43 @@ def message_implicit(row: Row) -> list[Defect]:
 
 
 def chat(row: Row) -> list[Defect]:
-    defects = message_defects("messages", row["messages"])
+    """https://platform.openai.com/docs/guides/supervised-fine-tuning"""
+    defects = tool_defects(row) + columns_defects(row, ("messages",))
     if defects:
         return defects
     messages = row["messages"]
     if messages[-1]["role"] != "assistant":
+        if not any(message["role"] == "assistant" for message in messages):
+            return [Defect("no_reply", "messages", "has no message of the assistant's: that is what is learned")]
         reason = "a conversation ends with the assistant: that is what is learned"
         return [Defect("role_order", f"messages.{len(messages) - 1}.role", reason, messages[-1]["role"])]
     return _order_defects("messages", messages, 0)
 
 
 def message_completion(row: Row) -> list[Defect]:
-    columns = ("prompt", "completion")
-    defects = [defect for column in columns for defect in message_defects(column, row.get(column, ABSENT))]
+    defects = tool_defects(row) + columns_defects(row, ("prompt", "completion"))
     if not defects:
         defects += _prompt_defects("prompt", row["prompt"])
         defects += _reply_defects("completion", row["completion"], 0)
-    return defects + unpaired_label(row)
+    return defects
+
+
+def tool_defects(holder: dict[str, Any], prefix: str = "") -> list[Defect]:
+    """Definitions of tools beside messages: a model cannot learn to call what it is not shown."""
+    return [
+        Defect("unsupported", prefix + name, "are not trained on here: leave them out", holder[name])
+        for name in ("tools", "functions")
+        if holder.get(name)
+    ]
+
+
+def columns_defects(row: Row, columns: Iterable[str]) -> list[Defect]:
+    defects: list[Defect] = []
+    for column in columns:
+        messages = row.get(column, ABSENT)
+        if not _are_sound(messages):  # they nearly always are, and this is quicker than finding out what is wrong
+            defects += message_defects(column, messages)
+    return defects
 
 
 def message_defects(column: str, messages: object) -> list[Defect]:
@@ -95,8 +120,6 @@ def message_defects(column: str, messages: object) -> list[Defect]:
         return [Defect("wrong_type", column, reason, messages)]
     if not messages:
         return [Defect("empty", column, "has no messages", messages)]
-    if all(map(_is_sound, messages)):  # nearly always, and quicker to find out than what is wrong
-        return []
     defects: list[Defect] = []
     for index, message in enumerate(messages):
         if not isinstance(message, dict):
@@ -105,6 +128,10 @@ def message_defects(column: str, messages: object) -> list[Defect]:
             continue
         role, content = message.get("role", ABSENT), message.get("content", ABSENT)
         place = f"{column}.{index}"
+        if untaught := _untaught(message):
+            name, reason = untaught
+            defects.append(Defect("unsupported", f"{place}.{name}", reason, message[name]))
+            continue
         if role is ABSENT:
             defects.append(Defect("missing", f"{place}.role", "is missing"))
         elif not isinstance(role, str) or role not in ROLES:
@@ -119,17 +146,34 @@ def message_defects(column: str, messages: object) -> list[Defect]:
     return defects
 
 
-def _is_sound(message: object) -> bool:
-    if not isinstance(message, dict):
+def _are_sound(messages: object) -> bool:
+    """Whether these are messages in which ``message_defects`` finds nothing."""
+    if type(messages) is not list or not messages:
         return False
-    role, content = message.get("role"), message.get("content")
-    return (
-        isinstance(role, str)
-        and role in ROLES
-        and isinstance(content, str)
-        and content != ""
-        and not content.isspace()
-    )
+    for message in messages:
+        try:
+            role, content = message["role"], message["content"]
+        except (TypeError, KeyError):
+            return False
+        if type(role) is not str or role not in ROLES or type(content) is not str or not content or content.isspace():
+            return False
+        if len(message) > 2 and _untaught(message):
+            return False
+    return True
+
+
+def _untaught(message: dict[str, Any]) -> tuple[str, str] | None:
+    """What a message holds that cannot be learned from, and why."""
+    for name, reason in UNTAUGHT.items():
+        if message.get(name):
+            return name, f"{reason}: leave the row out"
+    # OpenAI's way to leave a turn of the assistant's out of the loss.
+    if message.get("weight", 1) == 0:
+        return (
+            "weight",
+            "leaves a message out of the training, which is not done here: leave the weight or the row out",
+        )
+    return None
 
 
 def plain(messages: Messages) -> Messages:
@@ -167,7 +211,7 @@ def _reply_defects(column: str, messages: Messages, start: int) -> list[Defect]:
         role = messages[index]["role"]
         if role != "assistant":
             return [Defect("role_order", f"{column}.{index}.role", "a reply begins and ends with the assistant", role)]
-    return []
+    return _order_defects(column, messages, start + 1)
 
 
 def _order_defects(column: str, messages: Messages, start: int) -> list[Defect]:
@@ -176,7 +220,8 @@ def _order_defects(column: str, messages: Messages, start: int) -> list[Defect]:
     Two messages of the same role in a row are accepted: most chat templates render them.
     """
     role = messages[start - 1]["role"] if start else None
-    for index, message in enumerate(messages[start:], start):
+    for index in range(start, len(messages)):
+        message = messages[index]
         previous, role = role, message["role"]
         if role == "user":
             continue

@@ -132,7 +132,7 @@ def _refusal(census: Census, findings: Findings, rows: int, method: Method) -> s
 def _wanted(method: Method) -> str:
     """The columns of the formats that a method trains on."""
     formats = [", ".join(shape.columns) for shape in FORMATS if method in shape.methods]
-    return " or ".join(dict.fromkeys(formats))
+    return " or ".join(dict.fromkeys(formats)).replace("label", "label (true or false)")
 
 
 def _first_like(identity: Hashable, number: int, seen: dict[int, int]) -> int | None:

@@ -9,8 +9,10 @@
     chat                  messages: a conversation, for supervised jobs
     completion            prompt, completion: strings, for supervised jobs
     messages-completion   prompt, completion: lists of messages, for supervised jobs
+    unpaired              prompt, completion: strings, label: true for a good completion, for kto jobs
+    messages-unpaired     prompt, completion: lists of messages, label: as above
 
-The first four and the last three are TRL's (https://huggingface.co/docs/trl/dataset_formats). TRL itself trains
+The first four and the last five are TRL's (https://huggingface.co/docs/trl/dataset_formats). TRL itself trains
 silently on many broken rows (an empty reply, two equal replies), hence the checks. A new format is a function that
 lists a row's defects, one that gives the row in TRL's form, a ``Format``, and its place in ``FORMATS`` and
 ``format_of``.
@@ -167,6 +169,25 @@ TEXT = Format(
     identity=_texts("prompt", "chosen", "rejected"),
 )
 
+UNPAIRED = Format(
+    name="unpaired",
+    columns=("prompt", "completion", "label"),
+    content="text",
+    methods=("kto",),
+    defects=text_completion,
+    for_trl=_columns("prompt", "completion", "label"),
+    identity=_texts("prompt", "completion", "label"),
+)
+MESSAGES_UNPAIRED = Format(
+    name="messages-unpaired",
+    columns=("prompt", "completion", "label"),
+    content="messages",
+    methods=("kto",),
+    defects=message_completion,
+    for_trl=lambda row: MESSAGES_COMPLETION.for_trl(row) | {"label": row["label"]},
+    identity=lambda row: (MESSAGES_COMPLETION.identity(row), row["label"]),
+)
+
 FORMATS = (
     TEXT,
     MESSAGES,
@@ -177,10 +198,12 @@ FORMATS = (
     CHAT,
     COMPLETION,
     MESSAGES_COMPLETION,
+    UNPAIRED,
+    MESSAGES_UNPAIRED,
 )
 
-# Every column that some format knows.
-COLUMNS = tuple(dict.fromkeys(column for shape in FORMATS for column in (*shape.columns, "label")))
+# Every column that some format knows, or refuses.
+COLUMNS = tuple(dict.fromkeys(column for shape in FORMATS for column in (*shape.columns, "tools", "functions")))
 
 
 def format_of(row: Row) -> Format | None:
@@ -202,6 +225,9 @@ def format_of(row: Row) -> Format | None:
         return CHAT
     messages = isinstance(row.get("prompt"), list) or isinstance(row.get("completion"), list)
     if "completion" in row:
+        # A label that is true or false says whether the completion is a good one. Another one is a column of its own.
+        if isinstance(row.get("label"), bool):
+            return MESSAGES_UNPAIRED if messages else UNPAIRED
         return MESSAGES_COMPLETION if messages else COMPLETION
     return OPENAI if isinstance(row.get("input"), dict) else None
 

@@ -78,15 +78,7 @@ def split_transcripts(row: Row) -> Row:
 
 
 def text_completion(row: Row) -> list[Defect]:
-    return text_defects(row, ("prompt", "completion")) + unpaired_label(row)
-
-
-def unpaired_label(row: Row) -> list[Defect]:
-    """A ``label`` beside a completion says whether it is a good one (TRL's unpaired preferences, for KTO)."""
-    if not isinstance(row.get("label"), bool):
-        return []
-    reason = "marks an unpaired preference, which no method here trains on: give pairs, or leave it out"
-    return [Defect("unsupported", "label", reason, row["label"])]
+    return text_defects(row, ("prompt", "completion"))
 
 
 def shared_length(a: str, b: str) -> int:

@@ -38,6 +38,8 @@ OPENAI: dict[str, Any] = {
 CHAT = {"messages": MESSAGES["prompt"] + MESSAGES["chosen"]}
 COMPLETION = {"prompt": "Hello", "completion": "Hi there."}
 MESSAGE_COMPLETION = {"prompt": MESSAGES["prompt"], "completion": MESSAGES["chosen"]}
+UNPAIRED = {**COMPLETION, "label": False}
+CALL = [{"role": "assistant", "content": None, "tool_calls": [{"type": "function"}]}]
 SYSTEM_LATE = [{"role": "user", "content": "Hi"}, {"role": "system", "content": "Be nice."}]
 
 # A row of each format, its form for TRL, and the method that it is for.
@@ -59,6 +61,8 @@ GOOD = {
     "chat": (CHAT, CHAT, "supervised"),
     "completion": (COMPLETION, COMPLETION, "supervised"),
     "messages-completion": (MESSAGE_COMPLETION, MESSAGE_COMPLETION, "supervised"),
+    "unpaired": (UNPAIRED, UNPAIRED, "kto"),
+    "messages-unpaired": (MESSAGE_COMPLETION | {"label": True}, MESSAGE_COMPLETION | {"label": True}, "kto"),
 }
 
 
@@ -92,10 +96,16 @@ def test_good_rows_of_each_format_are_accepted_and_loaded(write: Callable[..., P
 
 @pytest.mark.parametrize("name", GOOD)
 def test_rows_for_the_other_method_are_refused(write: Callable[..., Path], name: str) -> None:
-    row, _, purpose = GOOD[name]
-    other = {"dpo": "supervised", "supervised": "dpo"}[purpose]
-    with pytest.raises(InvalidDataset, match=f"format {name}, which are for {purpose} jobs: a {other} job needs "):
-        require_valid(write(row), method=other)
+    row, _, fitting = GOOD[name]
+    for other in {"dpo", "supervised", "kto"} - {fitting}:
+        said = f"format {name}, which are for {fitting} jobs: a {other} job needs .* Set the method to {fitting}"
+        with pytest.raises(InvalidDataset, match=said) as caught:
+            require_valid(write(row), method=other)
+        assert caught.value.report.methods == (fitting,)
+
+
+def test_a_label_that_is_no_boolean_is_a_column_of_its_own(write: Callable[..., Path]) -> None:
+    assert require_valid(write({**COMPLETION, "label": "greeting"}), method="supervised").format == "completion"
 
 
 def test_loading_keeps_only_what_the_format_knows(write: Callable[..., Path]) -> None:
@@ -173,9 +183,37 @@ def test_blank_lines_a_byte_order_mark_and_windows_line_ends_are_no_problem(writ
             "non_preferred_output",
             "is the same as preferred_output",
         ),
-        ({"messages": said("user", "Hi")}, "messages.0.role", "ends with the assistant"),
+        ({"messages": said("user", "Hi")}, "messages", "has no message of the assistant's"),
+        ({"messages": CHAT["messages"] + said("user", "Bye")}, "messages.2.role", "ends with the assistant"),
+        ({"messages": said("assistant", "Hi")}, "messages.0.role", "speaks first"),
+        ({"messages": []}, "messages", "has no messages"),
+        ({"messages": said("user", "Hi") + said("assistant", "")}, "messages.1.content", "is empty"),
+        (
+            {"messages": CHAT["messages"] + SYSTEM_LATE[1:] + CHAT["messages"]},
+            "messages.2.role",
+            "an instruction after",
+        ),
+        ({**CHAT, "tools": [{"type": "function"}]}, "tools", "are not trained on here"),
+        ({"messages": said("user", "Hi") + CALL}, "messages.1.tool_calls", "calls of tools are not trained on"),
+        ({**MESSAGES, "chosen": CALL}, "chosen.0.tool_calls", "calls of tools are not trained on"),
+        (
+            {"messages": [*said("user", "Hi"), {"role": "assistant", "content": "x", "weight": 0}]},
+            "messages.1.weight",
+            "leaves a message out",
+        ),
+        ({**MESSAGE_COMPLETION, "completion": []}, "completion", "has no messages"),
+        ({**MESSAGE_COMPLETION, "completion": said("user", "a")}, "completion.0.role", "begins and ends"),
+        (
+            {**MESSAGE_COMPLETION, "completion": said("assistant", "a") + SYSTEM_LATE[1:] + said("assistant", "b")},
+            "completion.1.role",
+            "an instruction after",
+        ),
+        ({**MESSAGE_COMPLETION, "completion": "text"}, "completion", "must be a list of messages"),
+        ({**MESSAGE_COMPLETION, "prompt": said("assistant", "a")}, "prompt", "ends with the assistant"),
+        ({"completion": "a"}, "prompt", "is missing"),
+        ({**COMPLETION, "completion": None}, "completion", "not null"),
+        ({**UNPAIRED, "completion": " "}, "completion", "is only white space"),
         ({"messages": "Hi"}, "messages", "must be a list"),
-        ({"prompt": "a", "completion": "b", "label": True}, "label", "unpaired preference"),
         ({"prompt": "a", "completion": ""}, "completion", "is empty"),
         (
             {"chosen": IMPLICIT_MESSAGES["chosen"], "rejected": MESSAGES["prompt"]},
