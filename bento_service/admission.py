@@ -19,10 +19,10 @@ from bento_service.settings import Settings
 from bento_service.training.memory import estimate
 from bento_service.training.model_shape import ModelShape
 from bento_service.training.recipes import RECIPES
-from bento_service.training.spec import FULL_LEARNING_RATE, LORA_LEARNING_RATE, TrainingSpec
+from bento_service.training.spec import LEARNING_RATES, METHOD_OPTIONS, MethodName, TrainingSpec
 
 # What "auto" means. beta is the value of the DPO paper and of TRL; one pass, since preference data overfits early.
-AUTO_BETA = 0.1
+AUTO_BETAS: dict[MethodName, float] = {"dpo": 0.1}
 AUTO_BATCH_SIZE = 8
 AUTO_EPOCHS = 1
 AUTO_SEED = 42
@@ -70,6 +70,7 @@ class Admission:
 
         for check in (
             _require_method,
+            _require_own_options,
             _require_one_rate,
             _require_suffix,
             _require_one_held_out,
@@ -162,6 +163,15 @@ def _require_method(request: JobRequest) -> None:
         )
 
 
+def _require_own_options(request: JobRequest) -> None:
+    if others := request.options.of_other_methods(request.method):
+        raise InvalidRequest(
+            f"trl.{others[0]} is of another method than {request.method}: leave it out. The options of "
+            f"{request.method} are in trl.{METHOD_OPTIONS[request.method]}.",
+            param=f"trl.{others[0]}",
+        )
+
+
 def _require_one_rate(request: JobRequest) -> None:
     if request.options.optimizer.learning_rate is not None and request.learning_rate_multiplier is not None:
         raise InvalidRequest(
@@ -194,7 +204,7 @@ def resolve_spec(
     device: Literal["auto", "cuda", "cpu", "mps"],
 ) -> TrainingSpec:
     """The complete specification of a job: every "auto" of the request replaced by its value."""
-    base_rate = LORA_LEARNING_RATE if request.options.tuning == "lora" else FULL_LEARNING_RATE
+    base_rate = LEARNING_RATES[request.method][request.options.tuning]
     multiplier = 1.0 if request.learning_rate_multiplier is None else request.learning_rate_multiplier
     return TrainingSpec(
         job_id=job_id,
@@ -204,7 +214,7 @@ def resolve_spec(
         training_file=str(training_file),
         validation_file=None if validation_file is None else str(validation_file),
         seed=AUTO_SEED if request.seed is None else request.seed,
-        beta=AUTO_BETA if request.beta is None else request.beta,
+        beta=AUTO_BETAS.get(request.method) if request.beta is None else request.beta,
         batch_size=AUTO_BATCH_SIZE if request.batch_size is None else request.batch_size,
         n_epochs=AUTO_EPOCHS if request.n_epochs is None else request.n_epochs,
         learning_rate=request.options.optimizer.learning_rate or base_rate * multiplier,

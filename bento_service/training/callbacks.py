@@ -17,6 +17,14 @@ from bento_service.training.stop import StopRequested, StopSwitch
 # Keys of a training log that the events give under other names, or that transformers counts per attempt.
 NOT_METRICS = {"epoch", "num_tokens", "num_input_tokens_seen", "train_runtime", "train_tokens_per_second"}
 
+# What an evaluation's message says, of the values that its method has.
+SHOWN_VALUES = {
+    "eval_loss": "loss",
+    "eval_mean_token_accuracy": "token accuracy",
+    "eval_rewards/accuracies": "reward accuracy",
+    "eval_rewards/margins": "reward margin",
+}
+
 
 class AlreadyTrained(Exception):
     """A resumed run whose last step is done: only an evaluation was missing, or nothing."""
@@ -156,8 +164,8 @@ class EventsCallback(TrainerCallback):
         values.pop("eval_num_tokens", None)  # TRL's count of trained tokens, not of evaluated ones
         self._events.write(
             "evaluation",
-            f"evaluation after step {state.global_step}: reward margin {values['eval_rewards/margins']:.4f}, "
-            f"accuracy {values['eval_rewards/accuracies']:.3f}",
+            f"evaluation after step {state.global_step}: "
+            + ", ".join(f"{name} {values[key]:.4f}" for key, name in SHOWN_VALUES.items() if key in values),
             **self._position(state),
             **values,
         )

@@ -22,6 +22,11 @@ from bento_service.training.run_directory import RunDirectory
 from bento_service.training.session import train
 from bento_service.training.spec import TrainingSpec
 from bento_service.training.stop import StopSwitch
+from bento_service.training.throughput import CountingTrainer
+
+
+class CountingDPOTrainer(CountingTrainer, DPOTrainer):
+    sequences_per_row = 2  # the chosen and the rejected reply, each after the prompt
 
 
 def run(
@@ -46,7 +51,7 @@ def run(
     model = load_model(spec.model, folder)
 
     events.write("message", f"tokenizing {len(data.train)} pairs")
-    trainer = DPOTrainer(
+    trainer = CountingDPOTrainer(
         model=model,
         args=DPOConfig(
             **shared_arguments(spec, run, device, precision),

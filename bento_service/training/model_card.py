@@ -75,7 +75,7 @@ def _evaluation(evaluations: list[Evaluation]) -> str:
         if any(evaluation.metrics.get(column[0]) is not None for evaluation in evaluations)
     ]
     if not columns:
-        return "There was none: the run had no pairs to evaluate on."
+        return "There was none: the run had no rows to evaluate on."
     lines = [
         "| step | " + " | ".join(heading for _, heading, _ in columns) + " |",
         "|---:|" + "---:|" * len(columns),
@@ -83,7 +83,7 @@ def _evaluation(evaluations: list[Evaluation]) -> str:
     for evaluation in evaluations:
         cells = [_cell(evaluation.metrics.get(name), digits) for name, _, digits in columns]
         lines.append(f"| {evaluation.step} | " + " | ".join(cells) + " |")
-    return "On pairs that were not trained on; step 0 is the base model.\n\n" + "\n".join(lines)
+    return "On rows that were not trained on; step 0 is the base model.\n\n" + "\n".join(lines)
 
 
 def _cell(value: float | None, digits: int) -> str:

@@ -67,7 +67,7 @@ def load_tokenizer(name: str, folder: Path | None, *, conversational: bool) -> "
     if conversational and tokenizer.chat_template is None:
         raise InvalidRequest(
             f"model {name} has no chat template, so rows of messages cannot be put to it: "
-            "use an instruction-tuned model, or rows whose prompt, chosen and rejected are plain text",
+            "use an instruction-tuned model, or rows of plain text",
             param="model",
         )
     if tokenizer.eos_token is None:

@@ -3,4 +3,7 @@
 from bento_service.training.spec import MethodName
 
 # Method of a specification -> module with the recipe, a function run(spec, run, events, stop).
-RECIPES: dict[MethodName, str] = {"dpo": "bento_service.training.dpo"}
+RECIPES: dict[MethodName, str] = {
+    "dpo": "bento_service.training.dpo",
+    "supervised": "bento_service.training.sft",
+}

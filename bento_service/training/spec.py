@@ -27,14 +27,18 @@ LossType = Literal[
     "sigmoid_norm",
 ]
 
-# TRL's DPO default for full fine-tuning (trl.DPOConfig.learning_rate); ten times that through a LoRA adapter,
-# the factor TRL's PEFT guide gives.
-FULL_LEARNING_RATE = 1e-6
-LORA_LEARNING_RATE = 1e-5
-
-
 # The methods of training that have a name; those that a job can ask for have a recipe in ``training.recipes``.
 MethodName = Literal["dpo", "supervised"]
+
+# Peak learning rates: for full fine-tuning the defaults of trl.DPOConfig and trl.SFTConfig, and through a LoRA adapter
+# ten times that, the factor that TRL's PEFT guide gives (https://huggingface.co/docs/trl/peft_integration).
+LEARNING_RATES: dict[MethodName, dict[Literal["full", "lora"], float]] = {
+    "dpo": {"full": 1e-6, "lora": 1e-5},
+    "supervised": {"full": 2e-5, "lora": 2e-4},
+}
+
+# Each method's own group in TrlOptions.
+METHOD_OPTIONS: dict[MethodName, str] = {"dpo": "dpo", "supervised": "sft"}
 
 
 class Options(BaseModel):
@@ -63,8 +67,8 @@ class OptimizerOptions(Options):
         default=None,
         gt=0,
         le=1,
-        description="Peak learning rate. Default: 1e-6 for full fine-tuning and 1e-5 for LoRA, times "
-        "learning_rate_multiplier.",
+        description="Peak learning rate. Default: 1e-6 for dpo and 2e-5 for supervised, ten times that for LoRA, "
+        "times learning_rate_multiplier.",
     )
     weight_decay: float | None = Field(
         default=None, ge=0, description="Decoupled weight decay. Default: 0.01, and 0 for adam, which has none."
@@ -129,6 +133,23 @@ class DpoOptions(Options):
         return self
 
 
+class SftOptions(Options):
+    """Details of supervised fine-tuning; names and meanings as in ``trl.SFTConfig``."""
+
+    completion_only_loss: bool = Field(
+        default=True,
+        description="Learn completions and the assistant's messages only; false: every token of a row.",
+    )
+    loss_type: Literal["nll", "dft"] = Field(
+        default="nll", description="Negative log-likelihood, or dynamic fine-tuning (arXiv 2508.05629)."
+    )
+    packing: bool = Field(
+        default=False,
+        description="Put several rows into one sequence of up to max_length tokens, without padding; they do not see "
+        "each other. batch_size then counts sequences.",
+    )
+
+
 class EvaluationOptions(Options):
     """When the validation file is scored. Without a validation file and without ``split`` nothing is."""
 
@@ -141,9 +162,9 @@ class EvaluationOptions(Options):
         default=0.0,
         ge=0,
         lt=1,
-        description="Fraction of the training pairs held out when no validation file is given.",
+        description="Fraction of the training rows held out when no validation file is given.",
     )
-    batch_size: int | None = Field(default=None, ge=1, description="Pairs per forward pass. Default: batch_size.")
+    batch_size: int | None = Field(default=None, ge=1, description="Rows per forward pass. Default: batch_size.")
     max_steps: int | None = Field(default=None, ge=1, description="Most batches scored in one evaluation.")
 
 
@@ -183,7 +204,7 @@ class TrlOptions(Options):
         default="auto", description="auto: bf16 on GPUs that have it, fp32 on CPU."
     )
     gradient_accumulation_steps: int = Field(
-        default=1, ge=1, description="Batches of batch_size pairs per optimizer step."
+        default=1, ge=1, description="Batches of batch_size rows per optimizer step."
     )
     gradient_checkpointing: bool = Field(
         default=False, description="Recompute activations in the backward pass: less memory, about a third slower."
@@ -193,17 +214,24 @@ class TrlOptions(Options):
         description="Refuse the job when its weights, gradients and optimizer alone cannot fit on the device.",
     )
     activation_offloading: bool = Field(default=False, description="Keep activations in host memory.")
-    shuffle: bool = Field(default=True, description="Shuffle the pairs each epoch, by seed.")
+    shuffle: bool = Field(default=True, description="Shuffle the rows each epoch, by seed.")
     max_steps: int | None = Field(default=None, ge=1, description="Stop after this many optimizer steps in all.")
     max_steps_per_epoch: int | None = Field(
         default=None, ge=1, description="Cap on the optimizer steps that count as one epoch."
     )
     optimizer: OptimizerOptions = OptimizerOptions()
     scheduler: SchedulerOptions = SchedulerOptions()
-    dpo: DpoOptions = DpoOptions()
+    dpo: DpoOptions = Field(default=DpoOptions(), description="Of the method dpo only.")
+    sft: SftOptions = Field(default=SftOptions(), description="Of the method supervised only.")
     evaluation: EvaluationOptions = EvaluationOptions()
     saving: SavingOptions = SavingOptions()
     logging: LoggingOptions = LoggingOptions()
+
+    def of_other_methods(self, method: MethodName) -> list[str]:
+        """The groups that belong to other methods and say something else than their defaults."""
+        defaults = TrlOptions()
+        groups = [group for name, group in METHOD_OPTIONS.items() if name != method]
+        return [group for group in groups if getattr(self, group) != getattr(defaults, group)]
 
 
 class TrainingSpec(BaseModel):
@@ -218,8 +246,8 @@ class TrainingSpec(BaseModel):
     training_file: str = Field(description="Path of the training data.")
     validation_file: str | None
     seed: int = Field(ge=0, lt=2**32)
-    beta: float = Field(gt=0)
-    batch_size: int = Field(ge=1, description="Pairs per forward pass.")
+    beta: float | None = Field(gt=0, description="None for a method that has none.")
+    batch_size: int = Field(ge=1, description="Rows per forward pass.")
     n_epochs: int = Field(ge=1)
     learning_rate: float = Field(gt=0)
     device: Literal["auto", "cuda", "cpu", "mps"]

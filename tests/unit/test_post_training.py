@@ -8,7 +8,7 @@ import numpy
 import pytest
 from safetensors.numpy import save_file
 
-from bento_service.admission import AUTO_BATCH_SIZE, AUTO_BETA, AUTO_EPOCHS, AUTO_SEED
+from bento_service.admission import AUTO_BATCH_SIZE, AUTO_BETAS, AUTO_EPOCHS, AUTO_SEED
 from bento_service.errors import (
     ClientIdConflict,
     Conflict,
@@ -20,7 +20,6 @@ from bento_service.errors import (
     UnknownModel,
 )
 from bento_service.jobs.job import JobStatus
-from bento_service.training.spec import FULL_LEARNING_RATE, LORA_LEARNING_RATE
 from tests.core_factory import MODEL, PAIRS, core, request, upload
 
 
@@ -40,12 +39,12 @@ def test_auto_is_replaced_by_the_documented_defaults(impl, file_id):
     job = impl.submit(request(file_id))
     spec = job.spec
     assert (spec.beta, spec.batch_size, spec.n_epochs, spec.seed) == (
-        AUTO_BETA,
+        AUTO_BETAS["dpo"],
         AUTO_BATCH_SIZE,
         AUTO_EPOCHS,
         AUTO_SEED,
     )
-    assert spec.learning_rate == LORA_LEARNING_RATE
+    assert spec.learning_rate == 1e-5
     assert spec.model_path == str(impl.settings.models_path / MODEL)
     assert spec.training_file == str(impl.file_content(file_id).path)
     assert (job.status, job.queue_position, spec.job_id) == (JobStatus.QUEUED, 1, job.id)
@@ -54,13 +53,37 @@ def test_auto_is_replaced_by_the_documented_defaults(impl, file_id):
 @pytest.mark.parametrize(
     ("changes", "options", "rate"),
     [
-        ({}, {"tuning": "full"}, FULL_LEARNING_RATE),
-        ({"learning_rate_multiplier": 3.0}, {}, 3 * LORA_LEARNING_RATE),
+        ({}, {"tuning": "full"}, 1e-6),
+        ({"learning_rate_multiplier": 3.0}, {}, 3e-5),
         ({}, {"optimizer": {"learning_rate": 2e-4}}, 2e-4),
     ],
 )
 def test_learning_rate_is_the_given_one_or_the_default_times_the_multiplier(impl, file_id, changes, options, rate):
     assert impl.submit(request(file_id, options=options, **changes)).spec.learning_rate == pytest.approx(rate)
+
+
+def test_each_method_has_its_own_defaults(impl):
+    conversation = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]}
+    chat = upload(impl, [conversation]).id
+    spec = impl.submit(request(chat, method="supervised")).spec
+    assert (spec.method, spec.beta, spec.learning_rate) == ("supervised", None, 2e-4)
+    spec = impl.submit(request(chat, method="supervised", options={"tuning": "full"})).spec
+    assert spec.learning_rate == 2e-5
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "param"),
+    [("dpo", {"sft": {"packing": True}}, "trl.sft"), ("supervised", {"dpo": {"loss_type": ["ipo"]}}, "trl.dpo")],
+)
+def test_options_of_another_method_are_refused(impl, file_id, method, options, param):
+    with pytest.raises(InvalidRequest, match="another method") as refused:
+        impl.submit(request(file_id, method=method, options=options))
+    assert refused.value.param == param
+
+
+def test_data_for_another_method_is_refused(impl, file_id):
+    with pytest.raises(InvalidDataset, match="supervised job needs"):
+        impl.submit(request(file_id, method="supervised"))
 
 
 def test_given_values_are_kept(impl, file_id):

@@ -1,0 +1,128 @@
+"""The recipe of supervised fine-tuning: from a specification to the final checkpoint, with TRL's SFTTrainer.
+
+Read ``run`` from top to bottom; it is what a plain TRL script does (``examples/sft_script.py``), plus events,
+checkpoints that survive a kill, and a stop on request. The numbers are TRL's: same data, seed and settings give
+the script's losses.
+"""
+
+from pathlib import Path
+from typing import Literal
+
+from datasets import Dataset, disable_progress_bars
+from transformers import PreTrainedTokenizerBase
+from trl import SFTConfig, SFTTrainer
+
+from bento_service.errors import InvalidDataset
+from bento_service.training.arguments import shared_arguments
+from bento_service.training.assistant_turns import tokenize_chat
+from bento_service.training.data import read_data
+from bento_service.training.devices import choose_precision, find_device
+from bento_service.training.events import EventWriter
+from bento_service.training.lora import lora_config
+from bento_service.training.models import load_model, load_tokenizer
+from bento_service.training.run_directory import RunDirectory
+from bento_service.training.session import train
+from bento_service.training.spec import TrainingSpec
+from bento_service.training.stop import StopSwitch
+from bento_service.training.throughput import CountingTrainer
+
+
+class CountingSFTTrainer(CountingTrainer, SFTTrainer):
+    def _prepare_dataset(
+        self,
+        dataset: Dataset,
+        processing_class: PreTrainedTokenizerBase,
+        args: SFTConfig,
+        packing: bool,
+        formatting_func: None,
+        dataset_name: str,
+    ) -> Dataset:
+        # Rows are cut first, and left out when nothing to learn remains; TRL does so only where it does not pack.
+        tokenized = super()._prepare_dataset(dataset, processing_class, args, False, formatting_func, dataset_name)
+        if not packing or len(tokenized) == 0:
+            return tokenized
+        return super()._prepare_dataset(tokenized, processing_class, args, True, formatting_func, dataset_name)
+
+
+def run(
+    spec: TrainingSpec, run: RunDirectory, events: EventWriter, stop: StopSwitch
+) -> Literal["succeeded", "stopped"]:
+    """Train as specified, continuing from the run's newest checkpoint if it has one.
+
+    Returns "stopped" when a stop was requested before the last step and its evaluation were done. Raises
+    InvalidDataset, InvalidRequest, UnknownModel or TrainingFailed for causes the user can mend.
+    """
+    disable_progress_bars()
+    options = spec.options
+    device = find_device(spec.device)
+    precision = choose_precision(options.precision, device)
+
+    events.write("message", f"reading the data; training on {device.kind} in {precision}")
+    data = read_data(spec, run)
+
+    events.write("message", f"loading model {spec.model}")
+    folder = Path(spec.model_path) if spec.model_path is not None else None
+    tokenizer = load_tokenizer(spec.model, folder, conversational=data.conversational)
+    model = load_model(spec.model, folder)
+
+    events.write("message", f"tokenizing {len(data.train)} rows")
+    rows, held_out = data.train, data.evaluation
+    if options.sft.completion_only_loss:
+        # Of rows of prompt and completion TRL finds the completion; of conversations only some templates let it.
+        rows = tokenize_chat(rows, tokenizer) if "messages" in rows.column_names else rows
+        if held_out is not None and "messages" in held_out.column_names:
+            held_out = tokenize_chat(held_out, tokenizer)
+    trainer = CountingSFTTrainer(
+        model=model,
+        args=SFTConfig(
+            **shared_arguments(spec, run, device, precision),
+            loss_type=options.sft.loss_type,
+            completion_only_loss=options.sft.completion_only_loss,
+            # Exact: with position ids and no cache, transformers' attention keeps the rows of a pack apart.
+            packing=options.sft.packing,
+            packing_strategy="bfd",
+            # Rows are evaluated one by one, so that packing changes no evaluation.
+            eval_packing=False,
+        ),
+        train_dataset=rows,
+        eval_dataset=held_out,
+        processing_class=tokenizer,
+        peft_config=lora_config(options.lora, model) if options.tuning == "lora" else None,
+    )
+    report_lengths(trainer.train_dataset, len(data.train), spec, "training_file", events)
+    if data.evaluation is not None:
+        report_lengths(trainer.eval_dataset, len(data.evaluation), spec, "validation_file", events)
+    return train(trainer, spec, run, events, stop)
+
+
+def report_lengths(dataset: Dataset, given: int, spec: TrainingSpec, param: str, events: EventWriter) -> None:
+    """Warn of rows that TRL leaves out or cuts because of ``max_length``. Raises InvalidDataset when none is left.
+
+    ``dataset`` is the tokenized one: rows of at most max_length tokens, or packs of them with their ``seq_lengths``.
+    """
+    max_length = spec.options.max_length
+    packed = "seq_lengths" in dataset.column_names
+    column = "seq_lengths" if packed else "input_ids"
+    kept = full = 0
+    for rows in dataset.select_columns([column]).iter(batch_size=1000):
+        lengths = [n for pack in rows[column] for n in pack] if packed else [len(ids) for ids in rows[column]]
+        kept += len(lengths)
+        full += sum(length >= max_length for length in lengths)
+    if not kept:
+        raise InvalidDataset(
+            f"{param}: of every row the prompt alone has {max_length} tokens or more: raise max_length", param=param
+        )
+    if packed:
+        events.write("message", f"{param}: {given} rows are packed into {len(dataset)} sequences")
+    if kept < given:
+        events.write(
+            "message",
+            f"{param}: {given - kept} of {given} rows are left out: the prompt alone has {max_length} tokens or more",
+            level="warn",
+        )
+    if full:
+        events.write(
+            "message",
+            f"{param}: {full} of {given} rows have {max_length} tokens or more: what is beyond is cut",
+            level="warn",
+        )
