@@ -11,7 +11,7 @@ from typing import Any
 
 from bento_service.training.events import TrainerEvent, read_events
 from bento_service.training.run_directory import Outcome, RunDirectory
-from bento_service.training.spec import TrainingSpec, TrlOptions
+from bento_service.training.spec import MethodName, TrainingSpec, TrlOptions
 
 REPOSITORY = Path(__file__).parent.parent
 DEADLINE = 180.0  # seconds for any one thing a trainer does; imports alone can take 30 on busy cores
@@ -33,6 +33,17 @@ def preference_rows(count: int) -> list[dict[str, Any]]:
     ]
 
 
+def chat_rows(count: int) -> list[dict[str, Any]]:
+    """Conversations of one or two turns of the assistant's, of different lengths."""
+    rows = []
+    for i, pair in enumerate(preference_rows(count)):
+        messages = pair["prompt"] + pair["chosen"]
+        if i % 2:
+            messages += [{"role": "user", "content": "Are you sure?"}, {"role": "assistant", "content": f"Yes, {i}."}]
+        rows.append({"messages": messages})
+    return rows
+
+
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
@@ -44,8 +55,9 @@ def make_run(
     training_file: Path,
     *,
     validation_file: Path | None = None,
+    method: MethodName = "dpo",
     seed: int = 7,
-    beta: float = 0.1,
+    beta: float | None = 0.1,
     batch_size: int = 2,
     n_epochs: int = 1,
     learning_rate: float = 1e-3,
@@ -55,7 +67,7 @@ def make_run(
     run.write_spec(
         TrainingSpec(
             job_id="ftjob-test",
-            method="dpo",
+            method=method,
             model="test/tiny",
             model_path=None if model is None else str(model),
             training_file=str(training_file),
