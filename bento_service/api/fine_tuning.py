@@ -41,8 +41,23 @@ _METADATA_FILTER: dict[str, Any] = {
     ]
 }
 
+# The schema is that of one message.
 _EVENT_STREAM: dict[int | str, dict[str, Any]] = {
-    200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}
+    200: {
+        "content": {
+            "text/event-stream": {
+                "schema": {
+                    "type": "object",
+                    "required": ["event", "data"],
+                    "properties": {
+                        "id": {"type": "string", "description": "The event's id, for `Last-Event-ID`."},
+                        "event": {"type": "string", "description": "The event's type, and `done` after the last."},
+                        "data": {"type": "string", "description": "An event as JSON; `[DONE]` after the last."},
+                    },
+                }
+            }
+        }
+    }
 }
 
 

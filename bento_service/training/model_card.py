@@ -4,6 +4,7 @@ https://huggingface.co/docs/hub/model-cards
 """
 
 import json
+from typing import Any
 
 from bento_service.training.manifest import Evaluation, RunManifest
 
@@ -45,11 +46,18 @@ def write(manifest: RunManifest) -> str:
         "## Evaluation",
         _evaluation(manifest.metrics.evaluations),
         "## Settings",
-        f"```json\n{json.dumps(manifest.settings, indent=2)}\n```",
+        f"```json\n{json.dumps(_settings(manifest), indent=2)}\n```",
         "## Versions",
         "\n".join(f"- {name} {number}" for name, number in manifest.versions.items()),
     ]
     return "\n\n".join(sections) + "\n"
+
+
+def _settings(manifest: RunManifest) -> dict[str, Any]:
+    """Without the ids of the job: the card is read where neither is known, and a client id is its caller's own."""
+    settings = {name: value for name, value in manifest.settings.items() if name != "job_id"}
+    settings["options"] = {name: value for name, value in settings["options"].items() if name != "client_id"}
+    return settings
 
 
 def _use(base_model: str, adapter: bool) -> str:
