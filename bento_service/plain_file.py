@@ -12,6 +12,21 @@ from bento_service.errors import UnreadableRun
 CHUNK_BYTES = 1 << 20
 
 
+def open_plain(path: Path) -> BinaryIO:
+    """Open a plain file for reading. Raises FileNotFoundError, and UnreadableRun for a link, a pipe or a device."""
+    try:
+        # Without waiting for somebody to write to a pipe.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise UnreadableRun(f"{path.name} is not a plain file: {error.strerror}") from error
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise UnreadableRun(f"{path.name} is not a plain file")
+    return os.fdopen(descriptor, "rb")
+
+
 @dataclass(frozen=True, kw_only=True)
 class PlainFile:
     """``sha256`` is None where it was never taken: in checkpoints of older versions."""
@@ -24,14 +39,13 @@ class PlainFile:
     def open(self) -> BinaryIO:
         """Raises UnreadableRun for what is no plain file of the size that is on record."""
         try:
-            descriptor = os.open(self.path, os.O_RDONLY | os.O_NOFOLLOW)
-        except OSError as error:
+            file = open_plain(self.path)
+        except FileNotFoundError as error:
             raise UnreadableRun(f"{self.name} cannot be read: {error.strerror}") from error
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode) or status.st_size != self.size:
-            os.close(descriptor)
+        if os.fstat(file.fileno()).st_size != self.size:
+            file.close()
             raise UnreadableRun(f"{self.name} is not the file of {self.size} bytes that was saved")
-        return os.fdopen(descriptor, "rb")
+        return file
 
     def read(self, start: int, stop: int) -> Iterator[bytes]:
         """The bytes from ``start`` up to ``stop``, in pieces of at most ``CHUNK_BYTES``. Raises UnreadableRun."""

@@ -17,6 +17,7 @@ from bento_service.errors import (
     InvalidRequest,
     NotFound,
     Overloaded,
+    UnreadableRun,
 )
 from bento_service.files import FileStorage, IncomingFile, StoredBytes
 from bento_service.jobs.devices import visible_devices
@@ -267,7 +268,10 @@ class TrlPostTrainingImpl:
     # ---------------------------------------------------------------- private
 
     def _run(self, job: Job) -> RunDirectory:
-        return RunDirectory(self.settings.runs_path / job.id)
+        path = self.settings.runs_path / job.id
+        if path.is_symlink():
+            raise UnreadableRun(f"The run directory of job {job.id} is a link, and links are not followed")
+        return RunDirectory(path)
 
     def _register(self, stored: StoredBytes, filename: str, purpose: str) -> StoredFile:
         return self._store.add_file(

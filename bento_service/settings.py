@@ -70,6 +70,12 @@ class Settings(BaseSettings):
     )
     hub_models: bool = Field(default=True, description="Look for models on the Hugging Face hub when not local.")
 
+    trust_remote_code_models: Annotated[tuple[str, ...], NoDecode] = Field(
+        default=(),
+        description="Base models, <org>/<name>, whose own Python code trainers may run, comma separated. Only for "
+        "code that you have read.",
+    )
+
     max_file_bytes: int = Field(default=5 * 2**30, ge=1, description="Largest accepted upload, bytes.")
     max_uploads: int = Field(default=16, ge=1, description="Uploads and imports at once in an API process.")
     body_idle_seconds: float = Field(
@@ -156,6 +162,11 @@ class Settings(BaseSettings):
     @classmethod
     def _parse_hosts(cls, value: object) -> object:
         return tuple(map(parse_private_host, _entries(value))) if isinstance(value, str) else value
+
+    @field_validator("trust_remote_code_models", mode="before")
+    @classmethod
+    def _parse_models(cls, value: object) -> object:
+        return tuple(map(_model, _entries(value))) if isinstance(value, str) else value
 
     @field_validator("cors_origins", mode="before")
     @classmethod
@@ -247,6 +258,12 @@ def _problem(problem: Mapping[str, Any]) -> str:
 
 def _entries(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _model(text: str) -> str:
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", text):
+        raise ValueError(f"{text!r} is not a model's name, <org>/<name>: each model is named, there is no pattern")
+    return text
 
 
 def _origin(text: str) -> str:

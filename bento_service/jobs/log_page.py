@@ -5,6 +5,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from bento_service.plain_file import open_plain
+
 # A character of UTF-8 has at most this many bytes.
 _CHARACTER_BYTES = 4
 
@@ -24,11 +26,13 @@ def read_page(log: Path, *, offset: int, limit: int) -> LogPage:
     """At most ``limit`` bytes (4 or more) from ``offset`` on. A log that is not there is empty.
 
     A character that is cut by the limit, or only half written yet, is left to the next page; bytes that are no UTF-8
-    become U+FFFD.
+    become U+FFFD. Raises UnreadableRun for a log that is a link.
     """
-    if not log.exists():
+    try:
+        opened = open_plain(log)
+    except FileNotFoundError:
         return LogPage(offset=0, next_offset=0, size=0, truncated=offset > 0, content="")
-    with log.open("rb") as file:
+    with opened as file:
         size = file.seek(0, os.SEEK_END)
         start = 0 if offset > size else offset
         file.seek(start)
@@ -50,9 +54,11 @@ def read_page(log: Path, *, offset: int, limit: int) -> LogPage:
 
 def read_tail(log: Path, *, lines: int, limit: int) -> LogPage:
     """The last ``lines`` lines, of which the last ``limit`` bytes."""
-    if not log.exists():
+    try:
+        opened = open_plain(log)
+    except FileNotFoundError:
         return read_page(log, offset=0, limit=limit)
-    with log.open("rb") as file:
+    with opened as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(max(0, size - limit))
         data = file.read(limit)

@@ -33,6 +33,7 @@ from bento_service.training import lease as trainer_lease
 from bento_service.training.events import read_events
 from bento_service.training.run_directory import RunDirectory
 from bento_service.training.spare import Orders
+from bento_service.training.spec import TrainingSpec
 
 log = structlog.get_logger("supervisor")
 
@@ -262,7 +263,7 @@ class Supervisor:
         devices = tuple(free[: job.devices])
         directory = self._directory(job)
         try:
-            directory.write_spec(job.spec)
+            directory.write_spec(self._permitted(job.spec))
             trainer_lease.grant(directory.lease_file, self.settings.lease_seconds)
             trainer = self._launch(job, lease, directory, devices)
         except OSError as error:
@@ -353,6 +354,11 @@ class Supervisor:
             renewed=now,
             last_event=now,
         )
+
+    def _permitted(self, spec: TrainingSpec) -> TrainingSpec:
+        """The spec with what the operator permits now, whatever was permitted when the job was submitted."""
+        trusted = spec.model in self.settings.trust_remote_code_models
+        return spec.model_copy(update={"trust_remote_code": trusted})
 
     def _directory(self, job: Job) -> RunDirectory:
         return RunDirectory(self.settings.runs_path / job.id)

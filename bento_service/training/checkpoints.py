@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from bento_service.plain_file import open_plain
 from bento_service.training.events import EventWriter, read_events
 from bento_service.training.run_directory import COMPLETE_MARKER, RunDirectory, mark_complete
 
@@ -116,7 +117,8 @@ def report_missed(events: EventWriter, run: RunDirectory) -> None:
 
 
 def read_manifest(checkpoint: Path) -> Manifest:
-    return Manifest(**json.loads((checkpoint / COMPLETE_MARKER).read_bytes()))
+    with open_plain(checkpoint / COMPLETE_MARKER) as marker:
+        return Manifest(**json.loads(marker.read()))
 
 
 def remove_torn(run: RunDirectory) -> list[Path]:

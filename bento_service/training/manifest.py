@@ -18,6 +18,7 @@ from pydantic import BaseModel, Field
 
 import bento_service
 from bento_service.errors import UnreadableRun
+from bento_service.plain_file import open_plain
 from bento_service.training.checkpoints import MANIFEST_FILE, sha256_of
 from bento_service.training.events import read_events
 from bento_service.training.run_directory import RunDirectory, write_durably
@@ -134,7 +135,8 @@ def conclude(run: RunDirectory) -> None:
 def read(run: RunDirectory) -> RunManifest | None:
     """The manifest of a run; None when it has none (yet). Raises UnreadableRun."""
     try:
-        content = run.manifest_file.read_bytes()
+        with open_plain(run.manifest_file) as file:
+            content = file.read()
     except FileNotFoundError:
         return None
     try:

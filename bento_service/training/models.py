@@ -52,7 +52,9 @@ def local_models(models_path: Path) -> list[str]:
     return sorted(name for name in names if _NAME.fullmatch(name))
 
 
-def load_tokenizer(name: str, folder: Path | None, *, conversational: bool) -> "PreTrainedTokenizerBase":
+def load_tokenizer(
+    name: str, folder: Path | None, *, conversational: bool, trust_remote_code: bool = False
+) -> "PreTrainedTokenizerBase":
     """The tokenizer of a base model, from its local folder or else from the hub by name.
 
     Raises UnknownModel when it cannot be had, InvalidRequest when ``conversational`` data needs a chat template that
@@ -61,7 +63,7 @@ def load_tokenizer(name: str, folder: Path | None, *, conversational: bool) -> "
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder or name, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder or name, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:  # transformers says ValueError for files it cannot make sense of
         raise _unloadable(name, folder, "tokenizer", error) from error
     if conversational and tokenizer.chat_template is None:
@@ -77,7 +79,7 @@ def load_tokenizer(name: str, folder: Path | None, *, conversational: bool) -> "
     return tokenizer
 
 
-def load_model(name: str, folder: Path | None) -> "PreTrainedModel":
+def load_model(name: str, folder: Path | None, *, trust_remote_code: bool = False) -> "PreTrainedModel":
     """The base model in float32, the precision in which TRL keeps trained weights, from safetensors files only.
 
     Raises UnknownModel when it cannot be had.
@@ -87,7 +89,7 @@ def load_model(name: str, folder: Path | None) -> "PreTrainedModel":
 
     try:
         return AutoModelForCausalLM.from_pretrained(
-            folder or name, dtype=torch.float32, trust_remote_code=False, use_safetensors=True
+            folder or name, dtype=torch.float32, trust_remote_code=trust_remote_code, use_safetensors=True
         )
     except (OSError, ValueError) as error:
         raise _unloadable(name, folder, "weights", error) from error
@@ -98,7 +100,12 @@ def _unloadable(name: str, folder: Path | None, part: str, error: Exception) -> 
     from huggingface_hub.errors import RepositoryNotFoundError as NoSuchRepository
 
     causes = list(_causes(error))
-    if folder is not None:
+    if any("trust_remote_code" in str(cause) for cause in causes):
+        reason = (
+            "it brings Python code of its own, which is not run here: use a model that transformers knows, or have "
+            "the operator read the code and name the model in TRL_TRUST_REMOTE_CODE_MODELS"
+        )
+    elif folder is not None:
         reason = f"its folder in the models directory cannot be loaded: {_first_line(error)}"
     elif any(isinstance(cause, GatedRepoError) for cause in causes):
         reason = "the hub gives it only to accounts that accepted its terms: accept them and set HF_TOKEN"

@@ -251,4 +251,7 @@ class TrainingSpec(BaseModel):
     n_epochs: int = Field(ge=1)
     learning_rate: float = Field(gt=0)
     device: Literal["auto", "cuda", "cpu", "mps"]
+    trust_remote_code: bool = Field(
+        default=False, description="Run the base model's own Python code. Decided by the operator at each launch."
+    )
     options: TrlOptions
