@@ -22,7 +22,7 @@ CORPUS = [
 ]
 
 
-def make_tiny_model(folder: Path, *, kind: Literal["llama", "qwen3"] = "llama", seed: int = 0) -> Path:
+def make_tiny_model(folder: Path, *, kind: Literal["llama", "qwen3", "gpt2"] = "llama", seed: int = 0) -> Path:
     """Write a random causal language model and its BPE tokenizer with a chat template as a model folder.
 
     The same kind and seed give the same weights. Returns ``folder``.
@@ -30,6 +30,8 @@ def make_tiny_model(folder: Path, *, kind: Literal["llama", "qwen3"] = "llama", 
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import (
+        GPT2Config,
+        GPT2LMHeadModel,
         LlamaConfig,
         LlamaForCausalLM,
         PreTrainedTokenizerFast,
@@ -67,8 +69,21 @@ def make_tiny_model(folder: Path, *, kind: Literal["llama", "qwen3"] = "llama", 
         torch.manual_seed(seed)
         if kind == "llama":
             model = LlamaForCausalLM(LlamaConfig(**shape))
-        else:
+        elif kind == "qwen3":
             model = Qwen3ForCausalLM(Qwen3Config(**shape, head_dim=16))
+        else:
+            model = GPT2LMHeadModel(
+                GPT2Config(
+                    vocab_size=len(tokenizer),
+                    n_embd=64,
+                    n_layer=2,
+                    n_head=4,
+                    n_positions=1024,
+                    eos_token_id=tokenizer.eos_token_id,
+                    pad_token_id=tokenizer.pad_token_id,
+                    bos_token_id=None,
+                )
+            )
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
