@@ -20,6 +20,7 @@ class ModelObject(BaseModel):
     object: Literal["model"] = "model"
     created: int
     owned_by: str = Field(description="Of a base model its organization, of a trained one trl-remote.")
+    shutdown_date: None = Field(default=None, description="For compatibility: always null.")
     trl: TrlModel
 
     @classmethod

@@ -283,8 +283,24 @@ def test_openais_client_reads_every_answer(impl, trained):
 
     assert official.files.content(file.id).content == json_lines(PAIRS)
     assert next(iter(official.files.list())).id == file.id
-    assert official.files.delete(file.id).deleted is True
-    for answer in (official.fine_tuning.jobs.retrieve(trained), *events, checkpoint):
+    result = next(iter(official.files.list(purpose="fine-tune", order="asc", limit=1)))
+    model = next(iter(official.models.list()))
+    deleted = official.files.delete(file.id)
+    assert deleted.deleted is True
+    with pytest.raises(openai.BadRequestError, match="do not expire"):
+        official.files.create(
+            file=("p.jsonl", b"{}"), purpose="fine-tune", expires_after={"anchor": "created_at", "seconds": 3600}
+        )
+    for answer in (
+        official.fine_tuning.jobs.retrieve(trained),
+        job,
+        *events,
+        checkpoint,
+        file,
+        result,
+        model,
+        deleted,
+    ):
         _require_typed(answer)
 
 
@@ -303,5 +319,7 @@ def _transport(impl):
 
 
 def _require_typed(answer):
-    """OpenAI's client builds its objects without checking; this checks that they are what their types say."""
-    type(answer).model_validate(answer.to_dict())
+    """OpenAI's client builds its objects without checking; this checks that all is there, as their types say."""
+    given = answer.to_dict(exclude_unset=True, mode="json")
+    assert set(type(answer).model_fields) <= set(given), type(answer).__name__
+    type(answer).model_validate_json(answer.to_json(exclude_unset=True), strict=True)
