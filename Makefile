@@ -8,7 +8,7 @@ export UV_PYTHON := $(BIN)/python
 # The embedded model, as an ordinary Hugging Face folder; TRL_MODELS_DIR may point elsewhere.
 export TRL_MODELS_DIR ?= $(CURDIR)/.models
 
-.PHONY: setup demo test serve stack check bench model lock clean
+.PHONY: setup demo test serve stack check bench model lock docs clean
 
 setup: $(VENV)/.ready
 
@@ -50,6 +50,10 @@ bench: setup
 lock: setup
 	$(UV) pip compile --quiet --universal --python-version 3.12 --generate-hashes --no-emit-index-url --custom-compile-command "make lock" pyproject.toml --group dev -o requirements/dev.txt
 	$(UV) pip compile --quiet --universal --python-version 3.12 --generate-hashes --no-emit-index-url --custom-compile-command "make lock" pyproject.toml --extra postgresql -c requirements/dev.txt -o requirements/service.txt
+
+# The tables of docs/ that the API's own description fills.
+docs: setup
+	$(BIN)/python docs/tables.py
 
 clean:
 	rm -rf $(VENV) .models .demo

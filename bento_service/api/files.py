@@ -29,9 +29,14 @@ _FORM: dict[str, Any] = {
                         "file": {
                             "type": "string",
                             "format": "binary",
-                            "description": "JSON Lines: one preference pair a line, with chosen and rejected.",
+                            "description": "JSON Lines, a JSON array, CSV or Parquet, each also gzipped.",
                         },
-                        "purpose": {"type": "string", "enum": [PURPOSE], "default": PURPOSE},
+                        "purpose": {
+                            "type": "string",
+                            "enum": [PURPOSE],
+                            "default": PURPOSE,
+                            "description": "The one that there is.",
+                        },
                     },
                 }
             }

@@ -73,7 +73,7 @@ class OptimizerOptions(Options):
     weight_decay: float | None = Field(
         default=None, ge=0, description="Decoupled weight decay. Default: 0.01, and 0 for adam, which has none."
     )
-    max_grad_norm: float = Field(default=1.0, gt=0, description="Gradients are clipped to this norm.")
+    max_grad_norm: float = Field(default=1.0, gt=0, description="Gradients are clipped to this L2 norm.")
 
     @model_validator(mode="after")
     def _adam_has_no_decay(self) -> "OptimizerOptions":
@@ -105,9 +105,16 @@ class DpoOptions(Options):
     loss_type: list[LossType] = Field(default=["sigmoid"], min_length=1, description="One loss, or several summed.")
     loss_weights: list[float] | None = Field(default=None, description="A weight per loss; default 1.0 each.")
     label_smoothing: float = Field(default=0.0, ge=0, lt=0.5, description="Probability that a label is flipped.")
-    f_divergence_type: Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"] = "reverse_kl"
+    f_divergence_type: Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"] = Field(
+        default="reverse_kl", description="How the policy is kept near the reference model (f-DPO)."
+    )
     f_alpha_divergence_coef: float = Field(default=0.5, description="Coefficient of alpha_divergence.")
-    ld_alpha: float | None = Field(default=None, ge=0, le=1, description="Length desensitisation (LD-DPO).")
+    ld_alpha: float | None = Field(
+        default=None,
+        ge=0,
+        le=1,
+        description="Length desensitisation (LD-DPO): weight of what the longer reply has more. Default: off.",
+    )
     discopop_tau: float = Field(default=0.05, gt=0, description="Temperature of the discopop loss.")
     use_weighting: bool = Field(default=False, description="Weight pairs by policy probability (WPO).")
     precompute_ref_log_probs: bool = Field(

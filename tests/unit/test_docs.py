@@ -1,6 +1,8 @@
 """What the documentation names exists."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 REPOSITORY = Path(__file__).parents[2]
@@ -15,3 +17,10 @@ def test_the_tests_that_hold_the_promises_exist():
     assert named_files <= set(files)
     every = "\n".join(files.values())
     assert [name for name in named_tests if f"def {name}(" not in every] == []
+
+
+def test_the_tables_of_the_api_and_its_options_are_current():
+    checked = subprocess.run(
+        [sys.executable, REPOSITORY / "docs" / "tables.py", "--check"], cwd=REPOSITORY, capture_output=True, text=True
+    )
+    assert (checked.returncode, checked.stdout, checked.stderr) == (0, "", "")

@@ -71,7 +71,7 @@ class SupervisedMethod(Strict):
 class Method(Strict):
     """How to train: the method's name, and under that name its hyperparameters."""
 
-    type: MethodName
+    type: MethodName = Field(description="Name of the method.")
     dpo: DpoMethod | None = Field(default=None, exclude_if=lambda value: value is None)
     supervised: SupervisedMethod | None = Field(default=None, exclude_if=lambda value: value is None)
 
