@@ -17,10 +17,11 @@ from typing import BinaryIO, Literal, cast
 from pydantic_core import from_json
 
 from bento_service.training import row_bounds
+from bento_service.training.csv_rows import csv_rows
 from bento_service.training.dataset_report import Defect
 from bento_service.training.json_rows import json_array, json_lines
+from bento_service.training.parquet_rows import parquet_rows
 from bento_service.training.row_bounds import Bounds, NumberedRow, Unreadable
-from bento_service.training.table_rows import csv_rows, parquet_rows
 
 ContainerName = Literal["jsonl", "json", "csv", "parquet"]
 
@@ -96,7 +97,7 @@ def read(path: Path, container: Container, columns: Collection[str], bounds: Bou
             for number, row in rows:
                 yield number, row
     except Unreadable as error:
-        yield number + 1, Defect(error.code, None, error.reason)
+        yield error.row or number + 1, Defect(error.code, None, error.reason)
 
 
 class _Unpacked(io.RawIOBase):

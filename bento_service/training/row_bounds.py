@@ -30,17 +30,22 @@ class Bounds:
     row_bytes: int = ROW_BYTES
     rows: int | None = ROWS  # rows, good or bad; of JSON Lines and CSV also blank lines
     unpacked_bytes: int | None = 5 * 2**30
+    parquet_bytes: int | None = 2**30  # memory that decoding Parquet may take
 
     def require_number(self, number: int) -> None:
         """Raises Unreadable when the row of this number is one too many."""
         if self.rows is not None and number > self.rows:
-            raise Unreadable(f"is one more than the {self.rows} rows that a file may have: split it", "too_many_rows")
+            reason = f"is one more than the {self.rows} rows that a file may have: split it"
+            raise Unreadable(reason, "too_many_rows", number)
 
     def require_unpacked(self, size: int) -> None:
         """Raises Unreadable when this many bytes are too many."""
         if self.unpacked_bytes is not None and size > self.unpacked_bytes:
-            reason = f"is where the unpacked file passes {self.unpacked_bytes} bytes, the most that is read: split it"
-            raise Unreadable(reason, "too_long")
+            raise self.unpacks_to_more()
+
+    def unpacks_to_more(self) -> "Unreadable":
+        reason = f"is where the unpacked file passes {self.unpacked_bytes} bytes, the most that is read: split it"
+        return Unreadable(reason, "too_long")
 
     def too_long(self) -> Defect:
         mebibytes = self.row_bytes / 2**20
@@ -54,13 +59,17 @@ class Bounds:
 
 DEFAULT_BOUNDS = Bounds()
 # For a file that was checked when its job was submitted.
-UNBOUNDED = Bounds(row_bytes=sys.maxsize - 1, rows=None, unpacked_bytes=None)
+UNBOUNDED = Bounds(row_bytes=sys.maxsize - 1, rows=None, unpacked_bytes=None, parquet_bytes=None)
 
 
 class Unreadable(Exception):
-    """The rest of a file cannot be read; the message says why, as the reason of a defect."""
+    """The rest of a file cannot be read; the message says why, as the reason of a defect.
 
-    def __init__(self, reason: str, code: DefectCode = "unreadable") -> None:
+    ``row`` is where that is; None for the one after the last that was read.
+    """
+
+    def __init__(self, reason: str, code: DefectCode = "unreadable", row: int | None = None) -> None:
         super().__init__(reason)
+        self.row = row
         self.reason = reason
         self.code: DefectCode = code
