@@ -7,10 +7,10 @@ import socket
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
 
-from pydantic import Field, SecretStr, ValidationError, field_validator
+from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from bento_service.api_keys import ApiKey, parse_api_keys
@@ -173,6 +173,12 @@ class Settings(BaseSettings):
     def _parse_origins(cls, value: object) -> object:
         return tuple(map(_origin, _entries(value))) if isinstance(value, str) else value
 
+    @model_validator(mode="after")
+    def _any_origin_needs_keys(self) -> Self:
+        if "*" in self.cors_origins and not self.api_keys:
+            raise ValueError("TRL_CORS_ORIGINS=* needs TRL_API_KEYS: else any page a browser shows could use the API")
+        return self
+
     @field_validator("database_url", mode="after")
     @classmethod
     def _is_database(cls, value: SecretStr | None) -> SecretStr | None:
@@ -249,8 +255,10 @@ def _unknown_variables(environment: Mapping[str, str]) -> Iterable[str]:
 def _problem(problem: Mapping[str, Any]) -> str:
     """One error of pydantic's as a line. The value is quoted unless it may be a secret."""
     field = str(problem["loc"][0]) if problem["loc"] else ""
-    name = PREFIX + field.upper() if field else "TRL_*"
     message = problem["msg"].removeprefix("Value error, ")
+    if not field:  # of several settings together; the message names them
+        return str(message)
+    name = PREFIX + field.upper()
     value = problem["input"]
     shown = f"{value[:100]!r}: " if isinstance(value, str) and field not in _SECRET_FIELDS else ""
     return f"{name}: {shown}{message[:1].lower()}{message[1:]}"
