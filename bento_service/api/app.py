@@ -9,7 +9,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from bento_service import __version__
 from bento_service.api import artifacts, files, fine_tuning, health, imports, metrics, models
-from bento_service.api.access import AccessGuard
+from bento_service.api.access import OPEN_PATHS, AccessGuard
 from bento_service.api.errors import error_response, install_error_handlers
 from bento_service.api.event_stream import EventStreams
 from bento_service.api.head import HeadRequests
@@ -38,7 +38,7 @@ def create_app(impl: TrlPostTrainingImpl | None = None) -> FastAPI:
     install_error_handlers(app)
     app.add_middleware(HeadRequests)
     generate = app.openapi
-    app.openapi = lambda: _without_422(generate())  # type: ignore[method-assign]
+    app.openapi = lambda: _with_keys(_without_422(generate()))  # type: ignore[method-assign]
     return app
 
 
@@ -90,4 +90,22 @@ def _without_422(document: dict[str, Any]) -> dict[str, Any]:
             operation["responses"].pop("422", None)
     for name in ("HTTPValidationError", "ValidationError"):
         document["components"]["schemas"].pop(name, None)
+    return document
+
+
+def _with_keys(document: dict[str, Any]) -> dict[str, Any]:
+    """How to send an API key. Nowhere required, since a service may have none set."""
+    document["components"]["securitySchemes"] = {
+        "bearer": {"type": "http", "scheme": "bearer", "description": "One of the service's TRL_API_KEYS."},
+        "header": {
+            "type": "apiKey",
+            "in": "header",
+            "name": "X-API-Key",
+            "description": "The same key, where a gateway takes the Authorization header for itself.",
+        },
+    }
+    document["security"] = [{"bearer": []}, {"header": []}, {}]
+    for path in OPEN_PATHS.intersection(document["paths"]):
+        for operation in document["paths"][path].values():
+            operation["security"] = []
     return document
