@@ -193,14 +193,3 @@ def test_any_array_is_cut_where_json_cuts_it(tmp_path_factory: pytest.TempPathFa
     path = tmp_path_factory.mktemp("any") / "rows"
     path.write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
     assert [row for _, row in containers.read(path, containers.Container("json", False), (), UNBOUNDED)] == rows
-
-
-@given(st.sampled_from([b"[", b"prompt,chosen\n", b"PAR1", b"\x1f\x8b", b"{"]), st.binary(max_size=300))
-def test_no_bytes_make_the_check_fall_over(
-    tmp_path_factory: pytest.TempPathFactory, start: bytes, content: bytes
-) -> None:
-    path = tmp_path_factory.mktemp("any") / "rows"
-    for bytes_ in (start + content, gzip.compress(start + content)):
-        path.write_bytes(bytes_)
-        report = check_file(path)
-        assert report.bad_rows <= report.rows

@@ -6,8 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from bento_service.errors import InvalidDataset
 from bento_service.training import preferences
@@ -405,11 +403,3 @@ def test_a_line_without_end_is_not_read_whole(write: Callable[..., Path]) -> Non
 def test_loading_a_file_that_changed_since_its_check_is_refused(write: Callable[..., Path]) -> None:
     with pytest.raises(InvalidDataset, match="row 2 is not JSON"):
         list(load_rows(write(TEXT, "{")))
-
-
-@given(st.binary(max_size=200))
-def test_no_bytes_make_the_check_fall_over(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
-    path = tmp_path_factory.mktemp("any") / "rows.jsonl"
-    path.write_bytes(content)
-    report = check_file(path)
-    assert report.total_problems <= 10 * report.rows
