@@ -121,9 +121,9 @@ anything = st.recursive(
     scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(texts, inner, max_size=3), max_leaves=8
 )
 values = texts | messages | anything | st.fixed_dictionaries({"messages": messages})
-columns = st.sampled_from(
-    "prompt chosen rejected completion label messages input preferred_output non_preferred_output tools other".split()
-)
+names = ["prompt", "chosen", "rejected", "completion", "label", "messages"]
+names += ["input", "preferred_output", "non_preferred_output", "tools", "other"]
+columns = st.sampled_from(names)
 rows = st.lists(st.dictionaries(columns, values, max_size=5) | anything, max_size=5)
 
 

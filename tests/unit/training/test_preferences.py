@@ -1,17 +1,19 @@
 """What the check of a data file reports, and what a recipe gets from it."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
 from bento_service.errors import InvalidDataset
 from bento_service.training import preferences
-from bento_service.training.dataset_report import SHOWN_VALUE
+from bento_service.training.dataset_report import SHOWN_VALUE, DefectCode
 from bento_service.training.preferences import check_file, load_rows, require_valid
 from bento_service.training.row_bounds import Bounds
+from bento_service.training.row_formats import FORMATS
 
 TEXT = {"prompt": "Hello", "chosen": "Hi there.", "rejected": "Go away."}
 MESSAGES = {
@@ -104,6 +106,15 @@ def test_rows_for_the_other_method_are_refused(write: Callable[..., Path], name:
 
 def test_a_label_that_is_no_boolean_is_a_column_of_its_own(write: Callable[..., Path]) -> None:
     assert require_valid(write({**COMPLETION, "label": "greeting"}), method="supervised").format == "completion"
+
+
+def test_the_documentation_has_a_good_row_of_every_format_and_all_codes(write: Callable[..., Path]) -> None:
+    text = (Path(__file__).parents[3] / "docs" / "datasets.md").read_text()
+    rows = re.findall(r"^\| `([\w-]+)` \| (\w+) \| `(.*)` \|$", text, re.MULTILINE)
+    assert [name for name, _, _ in rows] == [shape.name for shape in FORMATS]
+    for name, method, row in rows:
+        assert require_valid(write(row), method=method).format == name
+    assert set(get_args(DefectCode)) <= set(re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE))
 
 
 def test_loading_keeps_only_what_the_format_knows(write: Callable[..., Path]) -> None:
