@@ -57,6 +57,7 @@ class Run:
     idle_reported: bool = False
     trains: bool = False  # past imports and loading
     wanted: str | None = field(default=None)
+    publish_at: float = 0.0  # not before: a disk that was full is left alone for a while
 
 
 class Supervisor:
@@ -216,8 +217,8 @@ class Supervisor:
             backoff_seconds=self.settings.retry_backoff_seconds,
             max_run_seconds=self._run_time_limit(run.job),
         )
-        if verdict.to is JobStatus.SUCCEEDED:
-            result_files.publish(self.store, FileStorage(self.settings.files_path, sys.maxsize), run.job.id)
+        if verdict.to is JobStatus.SUCCEEDED and not self._published(run):
+            return
         self.store.finish(
             run.lease,
             verdict.to,
@@ -230,6 +231,28 @@ class Supervisor:
         )
         del self.runs[run.job.id]
         log.info("attempt ended", job=run.job.id, attempt=run.job.attempt, to=verdict.to.value, reason=verdict.message)
+
+    def _published(self, run: Run) -> bool:
+        """Whether the job's metrics are files, which a job that has succeeded always has.
+
+        Where the disk does not take them, the job's events say so once, and it is tried again every heartbeat.
+        """
+        if time.monotonic() < run.publish_at:
+            return False
+        try:
+            result_files.publish(self.store, FileStorage(self.settings.files_path, sys.maxsize), run.job.id)
+        except OSError as error:
+            log.error("result files not stored", job=run.job.id, error=str(error))
+            if run.publish_at == 0.0:
+                self.store.note(
+                    run.lease,
+                    f"Training has finished, but the result files cannot be stored ({error.strerror}): free space under "
+                    "TRL_HOME on the service. It is tried again until then.",
+                    level="warn",
+                )
+            run.publish_at = time.monotonic() + self.settings.heartbeat_seconds
+            return False
+        return True
 
     def _give_up(self, run: Run, error: UnreadableRun) -> None:
         """What the run directory says cannot be read, so nothing that it may still hold can be relied on."""

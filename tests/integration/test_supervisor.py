@@ -1,5 +1,6 @@
 """The supervisor with real processes: what ends how, and nothing left behind."""
 
+import errno
 import json
 import os
 import signal
@@ -12,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from bento_service.jobs import result_files
 from bento_service.jobs.devices import Devices
 from bento_service.jobs.host_lock import supervisor_pid
 from bento_service.jobs.job import JobStatus, Lease
@@ -93,6 +95,27 @@ def test_a_job_runs_to_its_end(supervisor, store):
     (attempt,) = store.list_attempts(job.id)
     assert attempt.exit_code == 0 and attempt.ended_at is not None
     assert supervisor.runs == {}
+
+
+def test_a_finished_job_waits_for_room_for_its_result_files_and_says_so(supervisor, store, monkeypatch):
+    publish, refused = result_files.publish, []
+
+    def refuse(*arguments):
+        refused.append(time.monotonic())
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(result_files, "publish", refuse)
+    job = submit(store)
+    drive(supervisor, lambda: len(refused) >= 3)
+    waiting = store.get_job(job.id)
+    assert (waiting.status, waiting.result_files) == (JobStatus.RUNNING, [])
+    told = [event for event in store.list_events(job.id).data if "No space left" in event.message]
+    assert [event.level for event in told] == ["warn"]
+    assert refused[2] - refused[1] >= supervisor.settings.heartbeat_seconds
+    monkeypatch.setattr(result_files, "publish", publish)
+    done = drive_to_end(supervisor, job.id)
+    assert done.status is JobStatus.SUCCEEDED
+    assert [store.get_file(file_id).bytes > 0 for file_id in done.result_files] == [True, True]
 
 
 def test_a_users_error_fails_at_once(supervisor, settings, store):
