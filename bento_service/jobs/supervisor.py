@@ -246,8 +246,8 @@ class Supervisor:
             if run.publish_at == 0.0:
                 self.store.note(
                     run.lease,
-                    f"Training has finished, but the result files cannot be stored ({error.strerror}): free space under "
-                    "TRL_HOME on the service. It is tried again until then.",
+                    f"Training has finished, but the result files cannot be stored ({error.strerror}): free space "
+                    "under TRL_HOME on the service. It is tried again until then.",
                     level="warn",
                 )
             run.publish_at = time.monotonic() + self.settings.heartbeat_seconds
