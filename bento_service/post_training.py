@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO, Literal
 
+import structlog
 from sqlalchemy.exc import SQLAlchemyError
 
 from bento_service.admission import Admission
@@ -44,6 +45,9 @@ from bento_service.training.preferences import require_valid
 from bento_service.training.run_directory import RunDirectory
 from bento_service.training.spec import MethodName
 from bento_service.url_import.download import UrlImports
+
+# Who asked for what: the API binds the caller and the request's id to its lines.
+log = structlog.get_logger("bento_service.jobs")
 
 PURPOSE = "fine-tune"
 MAX_FILENAME = 255
@@ -123,6 +127,7 @@ class TrlPostTrainingImpl:
             sha256 = self._store.get_file(file_id).sha256
             if self._store.delete_file(file_id):
                 self._files.delete(sha256)
+        log.info("file.deleted", file=file_id)
 
     def file_content(self, file_id: str) -> PlainFile:
         """The file's bytes, to be read. Raises NotFound."""
@@ -162,7 +167,9 @@ class TrlPostTrainingImpl:
             submitted_by=submitted_by,
             fine_tuned_model=":".join(filter(None, ("ft", request.model, request.suffix, short_id))),
         )
-        stored, _ = self._store.create_job(job, limits)
+        stored, created = self._store.create_job(job, limits)
+        if created:
+            log.info("job.submitted", job=stored.id, model=request.model)
         return self._with_forecast([stored])[0]
 
     def status(self, job_id: str) -> Job:
@@ -186,11 +193,15 @@ class TrlPostTrainingImpl:
 
     def cancel(self, job_id: str) -> Job:
         """Stop the job for good; a running one is told to. Raises NotFound, TransitionRefused once it has ended."""
-        return self._store.request_stop(job_id, "cancel")
+        job = self._store.request_stop(job_id, "cancel")
+        log.info("job.cancel", job=job.id, status=job.status.value)
+        return job
 
     def pause(self, job_id: str) -> Job:
         """Stop the job, to be continued from its checkpoint. Raises NotFound, TransitionRefused."""
-        return self._store.request_stop(job_id, "pause")
+        job = self._store.request_stop(job_id, "pause")
+        log.info("job.pause", job=job.id, status=job.status.value)
+        return job
 
     def resume(self, job_id: str) -> Job:
         """Queue a paused job again. Raises NotFound, TransitionRefused."""
