@@ -172,6 +172,7 @@ def test_as_a_script_with_api_keys_and_a_short_timeout(tmp_path, models):
     settings = {
         "TRL_API_KEYS": "kept-secret",
         "TRL_BODY_IDLE_SECONDS": "3",
+        "TRL_BODY_BYTES_PER_SECOND": "0",
         "BENTOML_CONFIG_OPTIONS": "services.trl_training_service.traffic.timeout=3",
     }
     with bento_server(tmp_path, models=models, environment=settings, as_script=True) as server:
