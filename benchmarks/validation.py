@@ -26,6 +26,8 @@ from rich.table import Table
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
+from bento_service.training.dataset_report import Method  # noqa: E402
+
 WORDS = [
     "the",
     "a",
@@ -61,6 +63,11 @@ def message_pairs() -> Iterator[dict[str, object]]:
             "chosen": [{"role": "assistant", "content": row["chosen"]}],
             "rejected": [{"role": "assistant", "content": row["rejected"]}],
         }
+
+
+def conversations() -> Iterator[dict[str, object]]:
+    for row in message_pairs():
+        yield {"messages": [*row["prompt"], *row["chosen"]]}  # type: ignore[misc]
 
 
 def transcript_pairs() -> Iterator[dict[str, object]]:
@@ -115,6 +122,7 @@ CASES: dict[str, tuple[Callable[[Path, Iterator[dict[str, object]], int], None],
     "JSON Lines, text": (write_jsonl, text_pairs),
     "JSON Lines, messages": (write_jsonl, message_pairs),
     "JSON Lines, transcripts": (write_jsonl, transcript_pairs),
+    "JSON Lines, chat": (write_jsonl, conversations),
     "JSON array, text": (write_array, text_pairs),
     "CSV, text": (write_csv, text_pairs),
     "Parquet, messages": (write_parquet, message_pairs),
@@ -129,13 +137,13 @@ class Measurement:
     resident: int  # peak, bytes
 
 
-def measure(path: Path, rounds: int, results: "multiprocessing.SimpleQueue[Measurement]") -> None:
+def measure(path: Path, method: Method, rounds: int, results: "multiprocessing.SimpleQueue[Measurement]") -> None:
     from bento_service.training.preferences import check_file
 
     seconds = []
     for _ in range(rounds):
         start = time.process_time()
-        report = check_file(path)
+        report = check_file(path, method=method)
         seconds.append(time.process_time() - start)
         if report.total_problems:
             raise SystemExit(f"{path.name}: {report.problems[0]}")
@@ -161,9 +169,10 @@ def main() -> None:
         for name in options.case or CASES:
             write, rows = CASES[name]
             path = Path(folder) / "rows"
+            method: Method = "supervised" if rows is conversations else "dpo"
             write(path, rows(), options.megabytes)
             results = spawn.SimpleQueue()
-            process = spawn.Process(target=measure, args=(path, options.rounds, results))
+            process = spawn.Process(target=measure, args=(path, method, options.rounds, results))
             process.start()
             process.join()
             if process.exitcode:

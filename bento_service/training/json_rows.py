@@ -3,6 +3,7 @@
 import codecs
 import json
 import re
+import sys
 from collections.abc import Iterator
 from typing import BinaryIO
 
@@ -15,10 +16,12 @@ from bento_service.training.row_bounds import MAX_DEPTH, Bounds, NumberedRow, Un
 
 def json_lines(file: BinaryIO, bounds: Bounds) -> Iterator[NumberedRow]:
     number = 0
-    while line := file.readline(bounds.row_bytes + 1):
+    most, longest = sys.maxsize if bounds.rows is None else bounds.rows, bounds.row_bytes
+    while line := file.readline(longest + 1):
         number += 1
-        bounds.require_number(number)
-        if len(line) > bounds.row_bytes:
+        if number > most:
+            bounds.require_number(number)
+        if len(line) > longest:
             while line and not line.endswith(b"\n"):
                 line = file.readline(row_bounds.CHUNK_BYTES)
             yield number, bounds.too_long()

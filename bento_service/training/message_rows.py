@@ -95,6 +95,8 @@ def message_completion(row: Row) -> list[Defect]:
 
 def tool_defects(holder: dict[str, Any], prefix: str = "") -> list[Defect]:
     """Definitions of tools beside messages: a model cannot learn to call what it is not shown."""
+    if "tools" not in holder and "functions" not in holder:
+        return []
     return [
         Defect("unsupported", prefix + name, "are not trained on here: leave them out", holder[name])
         for name in ("tools", "functions")
@@ -207,6 +209,8 @@ def _prompt_defects(column: str, messages: Messages) -> list[Defect]:
 
 
 def _reply_defects(column: str, messages: Messages, start: int) -> list[Defect]:
+    if len(messages) - start == 1 and messages[start]["role"] == "assistant":
+        return []  # nearly every reply
     for index in (start, len(messages) - 1):
         role = messages[index]["role"]
         if role != "assistant":

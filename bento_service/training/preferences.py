@@ -11,8 +11,8 @@ from bento_service.errors import InvalidDataset
 from bento_service.training import containers
 from bento_service.training.dataset_report import DatasetReport, Defect, Findings, Method, Row, problem_of
 from bento_service.training.row_bounds import DEFAULT_BOUNDS, UNBOUNDED, Bounds
-from bento_service.training.row_census import Census, Tally
-from bento_service.training.row_formats import COLUMNS, FORMATS, format_of
+from bento_service.training.row_census import Census
+from bento_service.training.row_formats import COLUMNS, FORMATS, Format, format_of
 
 SHOWN_PROBLEMS = 3  # problems written out in the message of InvalidDataset
 
@@ -32,20 +32,22 @@ def check_file(
     container = containers.identify(path, COLUMNS)
     census = Census(cap)
     seen: dict[int, int] = {}
-    tally: Tally | None = None
+    shape: Format | None = None
     rows = 0
     for number, row in containers.read(path, container, COLUMNS, bounds):
         rows += 1
         if isinstance(row, Defect):
             census.add_broken(number, row)
             continue
-        shape = format_of(row)
+        previous, shape = shape, format_of(row)
         if shape is None:
             census.add_shapeless(number, row)
             continue
-        if tally is None or shape is not tally.shape:
+        if shape is not previous:
             tally = census.tally(shape)
-        tally.add(number)
+        tally.rows += 1
+        if tally.rows <= cap:
+            tally.numbers.append(number)
         if defects := shape.defects(row):
             tally.findings.refuse(number, defects)
         elif original := _first_like((shape.name, shape.identity(row)), number, seen):

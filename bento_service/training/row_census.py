@@ -15,17 +15,12 @@ from bento_service.training.row_formats import COLUMNS, Format
 
 @dataclass
 class Tally:
-    """The rows of one format. ``numbers`` are the first ones', as many as can be listed."""
+    """The rows of one format, counted by who finds them. ``numbers`` are the first ones', as many as can be listed."""
 
     shape: Format
     findings: Findings
     rows: int = 0
     numbers: list[int] = field(default_factory=list)
-
-    def add(self, number: int) -> None:
-        self.rows += 1
-        if len(self.numbers) < self.findings.cap:
-            self.numbers.append(number)
 
 
 class Census:
