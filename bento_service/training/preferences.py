@@ -10,6 +10,7 @@ from pathlib import Path
 from bento_service.errors import InvalidDataset
 from bento_service.training import containers
 from bento_service.training.dataset_report import DatasetReport, Defect, Findings, Method, Row, problem_of
+from bento_service.training.recipes import RECIPES
 from bento_service.training.row_bounds import DEFAULT_BOUNDS, UNBOUNDED, Bounds
 from bento_service.training.row_census import Census
 from bento_service.training.row_formats import COLUMNS, FORMATS, Format, format_of
@@ -113,10 +114,12 @@ def _refusal(census: Census, findings: Findings, rows: int, method: Method) -> s
     if rows == 0:
         return f"is empty: it needs at least one row with {_wanted(method)}"
     if shape is not None and method not in shape.methods:
-        fitting = " or ".join(shape.methods)
+        # Rows of more methods than there are recipes for are told apart.
+        offered = [name for name in shape.methods if name in RECIPES]
         return (
-            f"holds rows of the format {shape.name}, which are for {fitting} jobs: a {method} job needs "
-            f"{_wanted(method)}. Set the method to {fitting}, or give other rows"
+            f"holds rows of the format {shape.name}, which are for {' or '.join(shape.methods)} jobs: a {method} job "
+            f"needs {_wanted(method)}. "
+            + (f"Set the method to {' or '.join(offered)}, or give other rows" if offered else "Give other rows")
         )
     if not findings.total_problems:
         return None

@@ -12,6 +12,7 @@ from bento_service.errors import InvalidDataset
 from bento_service.training import preferences
 from bento_service.training.dataset_report import SHOWN_VALUE, DefectCode
 from bento_service.training.preferences import check_file, load_rows, require_valid
+from bento_service.training.recipes import RECIPES
 from bento_service.training.row_bounds import Bounds
 from bento_service.training.row_formats import FORMATS
 
@@ -98,7 +99,8 @@ def test_good_rows_of_each_format_are_accepted_and_loaded(write: Callable[..., P
 def test_rows_for_the_other_method_are_refused(write: Callable[..., Path], name: str) -> None:
     row, _, fitting = GOOD[name]
     for other in {"dpo", "supervised", "kto"} - {fitting}:
-        said = f"format {name}, which are for {fitting} jobs: a {other} job needs .* Set the method to {fitting}"
+        advice = f"Set the method to {fitting}" if fitting in RECIPES else "Give other rows"
+        said = f"format {name}, which are for {fitting} jobs: a {other} job needs .* {advice}"
         with pytest.raises(InvalidDataset, match=said) as caught:
             require_valid(write(row), method=other)
         assert caught.value.report.methods == (fitting,)
