@@ -77,7 +77,7 @@ class Settings(BaseSettings):
     )
 
     max_file_bytes: int = Field(default=5 * 2**30, ge=1, description="Largest accepted upload, bytes.")
-    max_uploads: int = Field(default=16, ge=1, description="Uploads and imports at once in an API process.")
+    max_uploads: int = Field(default=64, ge=1, description="Uploads and imports at once in an API process.")
     body_idle_seconds: float = Field(
         default=30, gt=0, description="A request's body that sends nothing for this long is given up."
     )

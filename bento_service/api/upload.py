@@ -1,11 +1,10 @@
 """Reading a multipart upload as it arrives: the file's bytes go straight to the storage, never into memory."""
 
-import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from anyio import to_thread
+from anyio import CapacityLimiter, to_thread
 from python_multipart.exceptions import MultipartParseError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
@@ -15,32 +14,32 @@ from bento_service.files import IncomingFile
 # Small fields, such as purpose; far more than any of them needs.
 MAX_FIELD_BYTES = 16 * 1024
 MAX_PARTS = 16
+# An import takes a thread for as long as the other side likes; these are not those of the other routes.
+IMPORTERS = 8
 # Bytes collected before they are handed to the thread that writes them.
 BLOCK_BYTES = 1 << 20
 
 
 class Uploads:
-    """The uploads and imports that one API process takes at once: each holds a file open, an import a thread too."""
+    """The uploads and imports that one API process takes at once; ``importers`` are the threads of the imports."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
         self._open = 0
+        self.importers = CapacityLimiter(IMPORTERS)
 
     @contextmanager
     def place(self, limit: int) -> Iterator[None]:
         """Raises Overloaded when ``limit`` are open already."""
-        with self._lock:
-            if self._open >= limit:
-                raise Overloaded(
-                    f"{limit} files are being uploaded to this service, and it takes no more at once "
-                    "(TRL_MAX_UPLOADS): try again later."
-                )
-            self._open += 1
+        if self._open >= limit:
+            raise Overloaded(
+                f"{limit} files are being uploaded to this service, and it takes no more at once "
+                "(TRL_MAX_UPLOADS): try again later."
+            )
+        self._open += 1
         try:
             yield
         finally:
-            with self._lock:
-                self._open -= 1
+            self._open -= 1
 
 
 @dataclass

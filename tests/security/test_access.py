@@ -1,5 +1,7 @@
 """Who is answered, and who is told what to do instead."""
 
+import hmac
+
 import pytest
 import structlog
 from starlette.applications import Starlette
@@ -133,6 +135,18 @@ def test_a_caller_is_known_by_the_name_of_its_key(key, name):
     told = TestClient(app, base_url="http://localhost", client=REMOTE).get("/", headers={"x-api-key": key})
     assert told.status_code == (401 if name is None else 200)
     assert name is None or told.json() == [name, name]
+
+
+def test_every_key_is_compared_whichever_it_is(monkeypatch):
+    """With compare_digest, so that the time it takes says nothing about the keys."""
+    compared = []
+    compare = hmac.compare_digest
+    monkeypatch.setattr("hmac.compare_digest", lambda one, other: compared.append(one) or compare(one, other))
+    for key in ("first", "second", "third", "none"):
+        compared.clear()
+        answer(headers={"x-api-key": key}, api_keys="first,second,third")
+        assert len(compared) == 3
+        assert key.encode() not in compared  # digests: of one length, whatever is sent
 
 
 @pytest.mark.parametrize("spelling", ["?api_key=first", "?key=first", "?access_token=first"])

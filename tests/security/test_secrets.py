@@ -1,5 +1,6 @@
 """A service with secrets trains a job: nothing that it writes, answers or hands to a trainer holds one of them."""
 
+import json
 import time
 
 import httpx
@@ -98,6 +99,10 @@ def test_no_answer_holds_a_key(served):
 
 def test_the_name_of_a_key_says_who_submitted_a_job(served):
     assert served["job"]["trl"]["submitted_by"] == "ci"
+    (line,) = [line for line in served["server"].log().splitlines() if '"job.submitted"' in line]
+    logged = json.loads(line[line.index("{") :])
+    assert (logged["caller"], logged["job"]) == ("ci", served["job"]["id"])
+    assert logged["request_id"]
 
 
 def test_a_trainer_has_no_secrets_in_its_environment(served):
