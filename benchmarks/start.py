@@ -7,12 +7,14 @@ The same DPO run, the same data, four ways that take turns, so that what else th
 - cold job: a job of a service with ``TRL_WARM_TRAINERS=0``, from before its POST;
 - warm job: a job of a service with ``TRL_WARM_TRAINERS=1`` whose spare has finished its imports, from before its POST.
 
-Each until the first step's metrics are written, and until all is over: the process gone, or the job succeeded.
-Without a model folder a tiny random model is made. Each round starts with another way.
+Each is timed until the first step's metrics are written, and until all is over: the process gone, or the job
+succeeded. All must report the same losses. Without a model folder a tiny random model is made. Each round starts with
+another way.
 """
 
 import argparse
 import json
+import math
 import os
 import shutil
 import statistics
@@ -22,7 +24,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import httpx
 import psutil
@@ -39,7 +41,12 @@ from tests.trainer_run import ENVIRONMENT, make_run  # noqa: E402
 
 DATA = REPOSITORY / "examples" / "preferences.jsonl"
 DEADLINE = 600.0  # seconds, for any one run
-Times = tuple[float, float]  # seconds to the first step, seconds in all
+
+
+class Times(NamedTuple):
+    first: float  # seconds to the first step
+    total: float  # seconds in all
+    losses: list[float]
 
 
 def script(model: Path, data: Path, batch_size: int) -> Times:
@@ -52,15 +59,14 @@ def script(model: Path, data: Path, batch_size: int) -> Times:
         stderr=subprocess.DEVNULL,
     ) as process:
         assert process.stdout is not None
-        first = next(time.time() for line in process.stdout if b'"loss"' in line)
-        process.stdout.read()
+        logs = [(time.time(), json.loads(line)) for line in process.stdout if b'"loss"' in line]
         assert process.wait() == 0
-    return first - began, time.time() - began
+    return Times(logs[0][0] - began, time.time() - began, [log["loss"] for _, log in logs])
 
 
 def recipe(model: Path, data: Path, batch_size: int) -> Times:
     with tempfile.TemporaryDirectory() as scratch:
-        run = make_run(Path(scratch), model, data, batch_size=batch_size, learning_rate=1e-5)
+        run = make_run(Path(scratch), model, data, batch_size=batch_size, learning_rate=1e-5, seed=42)
         began = time.time()
         subprocess.run(
             [sys.executable, "-m", "bento_service.training", scratch, "--attempt", "1"],
@@ -69,7 +75,9 @@ def recipe(model: Path, data: Path, batch_size: int) -> Times:
             stderr=subprocess.DEVNULL,
             check=True,
         )
-        return first_step(run) - began, time.time() - began
+        ended = time.time()
+        first, losses = steps(run)
+        return Times(first - began, ended - began, losses)
 
 
 def job(server: BentoServer, model: str, data: Path, batch_size: int) -> Times:
@@ -85,12 +93,14 @@ def job(server: BentoServer, model: str, data: Path, batch_size: int) -> Times:
             assert time.time() - began < DEADLINE, server.log()
             time.sleep(0.05)
         ended = time.time()
-    return first_step(RunDirectory(server.home / "runs" / answer["id"])) - began, ended - began
+    first, losses = steps(RunDirectory(server.home / "runs" / answer["id"]))
+    return Times(first - began, ended - began, losses)
 
 
-def first_step(run: RunDirectory) -> float:
-    """When the first optimizer step was reported, seconds since the epoch."""
-    return next(event.time for event in read_events(run.events_file)[0] if event.type == "metrics")
+def steps(run: RunDirectory) -> tuple[float, list[float]]:
+    """When the first optimizer step was reported, seconds since the epoch, and the losses of all."""
+    metrics = [event for event in read_events(run.events_file)[0] if event.type == "metrics"]
+    return metrics[0].time, [event.data["loss"] for event in metrics]
 
 
 def wait_for_spare(server: BentoServer) -> psutil.Process:
@@ -140,7 +150,15 @@ def measure(model: Path, rows: int, batch_size: int, rounds: int) -> tuple[dict[
 
 
 def report(model: str, times: dict[str, list[Times]], memory: dict[str, float]) -> dict[str, Any]:
-    medians = {way: [statistics.median(part) for part in zip(*runs, strict=True)] for way, runs in times.items()}
+    wanted = times["script"][0].losses
+    for way, runs in times.items():
+        for run in runs:
+            same = all(math.isclose(a, b, rel_tol=1e-5) for a, b in zip(run.losses, wanted, strict=True))
+            assert same, f"{way} does not train as the script does: {run.losses}, {wanted}"
+    medians = {
+        way: (statistics.median(run.first for run in runs), statistics.median(run.total for run in runs))
+        for way, runs in times.items()
+    }
     table = Table("", "to the first step, s", "of the script's", "in all, s", title=model)
     for way, (first, total) in medians.items():
         table.add_row(way, f"{first:.2f}", f"{first / medians['script'][0]:.2f}", f"{total:.2f}")
