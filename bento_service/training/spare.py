@@ -50,10 +50,7 @@ def import_all(modules: Iterable[str]) -> None:
     for module in modules:
         importlib.import_module(module)
     _compile_conversions()
-    # Some million objects that stay to the end. Else the garbage collector walks all of them again and again: 0.3 s
-    # each time that accelerate asks for a full collection, the first before the first step.
-    gc.collect()
-    gc.freeze()
+    gc.collect()  # of what imports left, while nobody waits
 
 
 class _Listener(threading.Thread):
