@@ -100,7 +100,7 @@ def measure(case: Case, model: Path, folder: Path) -> tuple[int, int]:
         trainer.returncode = os.waitstatus_to_exitcode(status)
     if trainer.returncode != 0:
         raise SystemExit("\n".join(run.log_tail()))
-    batch = padded_batch([case.length], 2, case.batch_size)
+    batch = padded_batch(case.length, sequences=2, size=case.batch_size)
     expected = estimate(spec, ModelShape.of(model), spec.options.precision, "cpu", batch)  # type: ignore[arg-type]
     return expected.total, usage.ru_maxrss * 1024
 

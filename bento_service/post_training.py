@@ -39,6 +39,7 @@ from bento_service.jobs.log_page import LogPage, read_page, read_tail
 from bento_service.jobs.store import Store
 from bento_service.model_catalog import Model, ModelCatalog
 from bento_service.plain_file import PlainFile
+from bento_service.rehearsal import Rehearsal, Rehearsals
 from bento_service.settings import Settings
 from bento_service.training import manifest
 from bento_service.training.preferences import require_valid
@@ -67,6 +68,7 @@ class TrlPostTrainingImpl:
         self._files = files
         self._imports = UrlImports(settings)
         self._admission = Admission(settings, self.devices, lambda file_id: self.file_content(file_id).path)
+        self._rehearsals = Rehearsals(settings, self.devices, self._admission)
         self._catalog = ModelCatalog(settings.models_path, store)
         # Between a commit of bytes and their row in the store, nobody may delete these bytes as unused.
         self._files_lock = threading.Lock()
@@ -171,6 +173,13 @@ class TrlPostTrainingImpl:
         if created:
             log.info("job.submitted", job=stored.id, model=request.model)
         return self._with_forecast([stored])[0]
+
+    def rehearse(self, request: JobRequest, cancelled: threading.Event) -> Rehearsal:
+        """What ``submit`` would say to the request, and what the job would be; nothing is stored.
+
+        Reads and tokenizes the data in a process that ends when ``cancelled`` is set. Raises Overloaded.
+        """
+        return self._rehearsals.rehearse(request, cancelled)
 
     def status(self, job_id: str) -> Job:
         """Raises NotFound."""

@@ -101,6 +101,11 @@ class Settings(BaseSettings):
     max_rows: int = Field(default=ROWS, ge=1, description="Most rows of a data file.")
     max_report_rows: int = Field(default=100, ge=1, description="Bad rows listed one by one in an answer.")
 
+    max_validations: int = Field(default=1, ge=1, description="Validations that read data at once in an API process.")
+    validate_seconds: float = Field(
+        default=60, gt=0, description="Time in which a validation tokenizes; larger files are answered from a sample."
+    )
+
     max_streams: int = Field(default=100, ge=1, description="Event streams open at once in an API process.")
 
     max_open_jobs: int = Field(default=10_000, ge=1, description="Jobs that have not ended, in all.")

@@ -8,7 +8,7 @@ from starlette.routing import Match, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from bento_service import __version__
-from bento_service.api import artifacts, files, fine_tuning, health, imports, metrics, models
+from bento_service.api import artifacts, files, fine_tuning, health, imports, metrics, models, validation
 from bento_service.api.access import OPEN_PATHS, AccessGuard
 from bento_service.api.errors import error_response, install_error_handlers
 from bento_service.api.event_stream import EventStreams
@@ -32,7 +32,7 @@ def create_app(impl: TrlPostTrainingImpl | None = None) -> FastAPI:
     app.state.uploads = Uploads()
     app.state.metrics = metrics.Metrics()
     app.add_middleware(metrics.MeasuredRequests, metrics=app.state.metrics)
-    for module in (fine_tuning, artifacts, imports, files, models, health, metrics):
+    for module in (fine_tuning, validation, artifacts, imports, files, models, health, metrics):
         app.include_router(module.router)
     app.router.routes.append(Route("/v1/{path:path}", _NoRoute(), include_in_schema=False))
     install_error_handlers(app)

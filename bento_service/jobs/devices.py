@@ -66,6 +66,22 @@ def device_memory(devices: Devices) -> int | None:
         pynvml.nvmlShutdown()
 
 
+def has_bf16(devices: Devices) -> bool:
+    """Whether all of them are GPUs that compute in bfloat16 natively: NVIDIA's from compute capability 8.0 on."""
+    if devices.kind != "cuda":
+        return False
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return False
+    try:
+        return all(pynvml.nvmlDeviceGetCudaComputeCapability(_handle(name))[0] >= 8 for name in devices.ids)
+    except pynvml.NVMLError:
+        return False
+    finally:
+        pynvml.nvmlShutdown()
+
+
 def _handle(name: str) -> Any:
     """NVML's handle of a GPU, by its index or its UUID."""
     if name.isdecimal():

@@ -45,7 +45,7 @@ class MicroBatch:
     """One forward pass, as large as it gets in the run.
 
     ``tokens`` go through the layers, padding included; ``scored`` of them through the vocabulary's head; ``mask`` is
-    the number of values of the attention mask (0: none is made). ``adapter_forward`` is false for a pure evaluation.
+    the number of values of the attention mask (0: none is made).
     """
 
     tokens: int
@@ -53,22 +53,18 @@ class MicroBatch:
     mask: int = 0
 
 
-def padded_batch(lengths: Sequence[int], rows_each: int, size: int) -> MicroBatch:
-    """The largest batch of a trainer that pads: ``size`` examples of ``rows_each`` sequences, all of the longest one.
+def padded_batch(longest: int, *, sequences: int, size: int) -> MicroBatch:
+    """The largest batch of a trainer that pads: ``size`` rows of ``sequences`` each, all as long as the longest one."""
+    tokens = sequences * size * longest
+    return MicroBatch(tokens=tokens, scored=tokens, mask=tokens * longest)
 
-    ``lengths`` are those of the examples' longest sequences; the one that counts is the largest.
+
+def packed_batch(examples: Sequence[tuple[int, int]]) -> MicroBatch:
+    """One batch of a trainer without padding: whole rows one after the other, each with its prompt once.
+
+    ``examples`` are the rows' tokens, and those of them that are scored (``TokenStatistics.largest_examples``).
     """
-    width = max(lengths)
-    tokens = rows_each * size * width
-    return MicroBatch(tokens=tokens, scored=tokens, mask=tokens * width)
-
-
-def packed_batch(lengths: Sequence[int], replies: Sequence[int]) -> MicroBatch:
-    """One batch of a trainer without padding: whole examples one after the other, each with its prompt once.
-
-    ``lengths`` are the examples' tokens, ``replies`` those of them that are scored.
-    """
-    return MicroBatch(tokens=sum(lengths), scored=sum(replies))
+    return MicroBatch(tokens=sum(tokens for tokens, _ in examples), scored=sum(scored for _, scored in examples))
 
 
 @dataclass(frozen=True, kw_only=True)
