@@ -68,8 +68,8 @@ class PreviewProcesses:
                         raise Overloaded("The validation was cancelled: the service stops, or its caller has gone.")
                     if time.monotonic() > deadline:
                         raise Overloaded(
-                            f"The validation took longer than {order.seconds + READING_SECONDS:.0f} s: submit the job, "
-                            "or validate a part of the data."
+                            f"The validation took longer than {order.seconds + READING_SECONDS:.0f} s: submit the "
+                            "job, or validate a part of the data."
                         )
             finally:
                 if process.poll() is None:

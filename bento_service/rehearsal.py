@@ -1,4 +1,4 @@
-"""A request gone through without making a job of it: what would be refused, what it would train, and what that takes."""
+"""A request gone through without making a job of it: what would be refused, what it would train, what that takes."""
 
 import threading
 from dataclasses import dataclass
@@ -73,8 +73,9 @@ class Rehearsals:
         spec = verdict.spec
         if spec is None or any(refusal.param in ("method.type", "model") for refusal in refusals):
             return Rehearsal(refusals=tuple(refusals), spec=spec, preview=None, memory=None, disk=None)
+        trusted = spec.model in self._settings.trust_remote_code_models
         order = Order(
-            spec=spec,
+            spec=spec.model_copy(update={"trust_remote_code": trusted}),
             bounds=self._settings.row_bounds,
             cap=self._settings.max_report_rows,
             seconds=self._settings.validate_seconds,
@@ -103,4 +104,6 @@ class Rehearsals:
 
 def largest_batch(spec: TrainingSpec, tokens: TokenStatistics) -> MicroBatch:
     """The largest batch that the method's trainer can meet: one with the longest sequence in it, padded to that."""
+    if spec.method == "supervised" and spec.options.sft.packing:
+        return padded_batch(spec.options.max_length, sequences=1, size=spec.batch_size)
     return padded_batch(tokens.longest, sequences=2 if spec.method == "dpo" else 1, size=spec.batch_size)

@@ -28,7 +28,7 @@ class ResolvedSettings(BaseModel):
     method: str
     model: str
     seed: int
-    beta: float
+    beta: float | None = Field(description="Null for a method without it.")
     batch_size: int
     n_epochs: int
     learning_rate: float = Field(description="Peak learning rate.")

@@ -5,6 +5,7 @@ writes a ``Preview`` to standard output. A process of its own, because the token
 it ends when its standard input is closed, and so with whoever started it.
 """
 
+import math
 import os
 import sys
 import threading
@@ -22,7 +23,7 @@ from bento_service.training.row_bounds import Bounds
 from bento_service.training.schedule import Schedule
 from bento_service.training.spec import TrainingSpec
 from bento_service.training.token_statistics import TokenStatistics, TokenTally
-from bento_service.training.tokenization import batches, row_tokens
+from bento_service.training.tokenization import RowTokens, batches, row_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -61,6 +62,9 @@ class Run(BaseModel):
     evaluation_rows: int = Field(description="Rows that each evaluation scores.")
     steps: int = Field(description="Optimizer steps in all.")
     steps_per_epoch: int
+    estimated: bool = Field(
+        description="Rows were sampled, or are packed: steps and tokens are estimates. Else they are exact."
+    )
     tokens: int = Field(description="Tokens trained in all, padding not counted.")
     padded_tokens: int = Field(description="The same, padding counted.")
 
@@ -119,19 +123,32 @@ def _count(order: Order, training: DatasetReport, validation: DatasetReport | No
     files = [(spec.training_file, training), (spec.validation_file, validation)]
     conversational = any(_is_conversational(Path(file)) for file, _ in files if file is not None)
     folder = Path(spec.model_path) if spec.model_path is not None else None
-    tokenizer = load_tokenizer(spec.model, folder, conversational=conversational)
+    tokenizer = load_tokenizer(
+        spec.model, folder, conversational=conversational, trust_remote_code=spec.trust_remote_code
+    )
+    replies_only = spec.method != "supervised" or spec.options.sft.completion_only_loss
 
     # Each file gets its part of the time.
     whole = sum(report.rows for _, report in files if report is not None)
     seconds = order.seconds / whole
     held_out = set(_held_out(training.rows, evaluation.split, spec.seed)) if evaluation.split > 0 else set()
     tally, held_tally = _tallies(spec)
-    _tally(Path(spec.training_file), training.rows, tokenizer, seconds * training.rows, tally, held_tally, held_out)
+
+    def add_up(
+        file: str, report: DatasetReport, tally: TokenTally, held_tally: TokenTally, held_out: set[int]
+    ) -> None:
+        """Tokenize the file's rows, or as many of them, evenly spread, as the time allows."""
+        for first, batch, weight in paced(load_rows(Path(file)), report.rows, seconds * report.rows):
+            tokens = _row_tokens(batch, tokenizer, replies_only)
+            for number, row in enumerate(tokens, start=first):
+                (held_tally if number in held_out else tally).add(row, weight)
+
+    add_up(spec.training_file, training, tally, held_tally, held_out)
     tokens = tally.statistics(training.rows - len(held_out))
     evaluated = held_tally.statistics(len(held_out)) if held_out else None
     if validation is not None and spec.validation_file is not None:
-        tally, _ = _tallies(spec)
-        _tally(Path(spec.validation_file), validation.rows, tokenizer, seconds * validation.rows, tally, tally, set())
+        _, tally = _tallies(spec)
+        add_up(spec.validation_file, validation, tally, tally, set())
         evaluated = tally.statistics(validation.rows)
     for statistics, param in ((tokens, "training_file"), (evaluated, spec.validation_file and "validation_file")):
         if statistics is not None and not statistics.trained:
@@ -145,9 +162,12 @@ def _count(order: Order, training: DatasetReport, validation: DatasetReport | No
 
 def run_of(spec: TrainingSpec, tokens: TokenStatistics, evaluated: TokenStatistics | None) -> Run:
     """The steps of the recipe's own schedule, and the tokens that they see."""
-    schedule = Schedule.of(spec, rows=tokens.trained, evaluated=evaluated is not None)
+    packed = spec.method == "supervised" and spec.options.sft.packing
+    # Best-fit packing leaves little room unused; how much depends on the lengths.
+    examples = math.ceil(tokens.tokens / spec.options.max_length) if packed else tokens.trained
+    schedule = Schedule.of(spec, rows=examples, evaluated=evaluated is not None)
     unlimited = spec.options.model_copy(update={"max_steps": None, "max_steps_per_epoch": None})
-    whole = Schedule.of(spec.model_copy(update={"options": unlimited}), rows=tokens.trained, evaluated=False)
+    whole = Schedule.of(spec.model_copy(update={"options": unlimited}), rows=examples, evaluated=False)
     passes = schedule.total_steps / whole.steps_per_epoch
     evaluation = spec.options.evaluation
     evaluation_rows = 0 if schedule.evaluation is None or evaluated is None else evaluated.trained
@@ -158,24 +178,10 @@ def run_of(spec: TrainingSpec, tokens: TokenStatistics, evaluated: TokenStatisti
         evaluation_rows=evaluation_rows,
         steps=schedule.total_steps,
         steps_per_epoch=schedule.steps_per_epoch,
+        estimated=packed or tokens.tokenized_rows < tokens.rows,
         tokens=round(passes * tokens.tokens),
-        padded_tokens=round(passes * tokens.padded_tokens),
+        padded_tokens=round(passes * (tokens.tokens if packed else tokens.padded_tokens)),
     )
-
-
-def _tally(
-    file: Path,
-    rows: int,
-    tokenizer: "PreTrainedTokenizerBase",
-    seconds: float,
-    tally: TokenTally,
-    held_tally: TokenTally,
-    held_out: set[int],
-) -> None:
-    """Tokenize the file's rows, or as many of them, evenly spread, as the time allows."""
-    for first, batch, weight in paced(load_rows(file), rows, seconds):
-        for number, row in enumerate(row_tokens_of(batch, tokenizer), start=first):
-            (held_tally if number in held_out else tally).add(row, weight)
 
 
 def paced(rows: Iterator[Row], count: int, seconds: float) -> Iterator[tuple[int, list[Row], float]]:
@@ -209,12 +215,12 @@ def paced(rows: Iterator[Row], count: int, seconds: float) -> Iterator[tuple[int
         passed = 0
 
 
-def row_tokens_of(batch: list[Row], tokenizer: "PreTrainedTokenizerBase") -> list[Any]:
-    """``row_tokens``; raises InvalidRequest when the chat template refuses a conversation, as some do system prompts."""
+def _row_tokens(batch: list[Row], tokenizer: "PreTrainedTokenizerBase", replies_only: bool) -> list[RowTokens]:
+    """Raises InvalidRequest when the chat template refuses a conversation, as some do with instructions."""
     from jinja2 import TemplateError
 
     try:
-        return row_tokens(batch, tokenizer)
+        return row_tokens(batch, tokenizer, replies_only=replies_only)
     except TemplateError as error:
         raise InvalidRequest(
             f"The chat template of the model refuses a conversation of the data: {error}. Change the roles of the "

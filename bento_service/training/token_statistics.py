@@ -1,4 +1,4 @@
-"""What the tokens of a data file come to: lengths, rows cut and left out, padding. Arithmetic, nothing is tokenized."""
+"""What the tokens of a data file come to: lengths, rows cut and left out, padding. Nothing is tokenized here."""
 
 import heapq
 import math

@@ -3,7 +3,7 @@
 TRL's steps, for DPO (``DPOTrainer._prepare_dataset``) and for prompts with completions (``SFTTrainer``): a prompt that
 both replies begin with is split off; a reply of plain text ends with the end token; messages go through the chat
 template; the reply begins where the tokens of the prompt and of prompt and reply part, which need not be where the
-prompt's tokens end. ``tests/unit/training/test_tokenization.py`` compares with TRL's trainers.
+prompt's tokens end. Conversations are tokenized as the supervised recipe does it (``assistant_turns``).
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -24,8 +24,8 @@ BATCH_CHARACTERS = 2**20
 class RowTokens:
     """Numbers of tokens of one row, before anything is cut: the prompt, and each reply that follows it.
 
-    ``replies`` has chosen and rejected of a pair, the completion of a row for supervised training. A conversation that
-    is trained on as a whole has a prompt of 0.
+    ``replies`` has chosen and rejected of a pair, the completion of a row for supervised training. What comes before
+    the assistant's first turn is a conversation's prompt. A row of which every token is learned has a prompt of 0.
     """
 
     prompt: int
@@ -43,14 +43,25 @@ class RowTokens:
         return self.prompt < max_length < self.prompt + max(self.replies)
 
 
-def row_tokens(rows: Sequence[Row], tokenizer: "PreTrainedTokenizerBase") -> list[RowTokens]:
+def row_tokens(
+    rows: Sequence[Row], tokenizer: "PreTrainedTokenizerBase", *, replies_only: bool = True
+) -> list[RowTokens]:
     """Tokens of rows in TRL's form (``preferences.load_rows``), which all have one format.
 
-    Raises jinja2.TemplateError when the chat template refuses a conversation.
+    ``replies_only`` says whether only replies are learned, and not what they reply to. Raises jinja2.TemplateError
+    when the chat template refuses a conversation, InvalidRequest when it does not tell the assistant's turns.
     """
+    if not replies_only:
+        return [RowTokens(0, (found.prompt + found.replies[0],)) for found in _counted(rows, tokenizer, False)]
+    return _counted(rows, tokenizer, True)
+
+
+def _counted(rows: Sequence[Row], tokenizer: "PreTrainedTokenizerBase", replies_only: bool) -> list[RowTokens]:
     from trl.data_utils import common_prefix_length, extract_prompt
 
     if "messages" in rows[0]:
+        if replies_only:
+            return [_conversation_tokens(row["messages"], tokenizer) for row in rows]
         return [RowTokens(0, (len(ids),)) for ids in _tokenize(tokenizer, [row["messages"] for row in rows])]
     if "prompt" not in rows[0]:
         rows = [extract_prompt(row) for row in rows]
@@ -64,6 +75,18 @@ def row_tokens(rows: Sequence[Row], tokenizer: "PreTrainedTokenizerBase") -> lis
         start = min(common_prefix_length(prompt, ids) for ids in whole)
         found.append(RowTokens(start, tuple(len(ids) - start for ids in whole)))
     return found
+
+
+def _conversation_tokens(messages: list[dict[str, Any]], tokenizer: "PreTrainedTokenizerBase") -> RowTokens:
+    from bento_service.training.assistant_turns import IGNORED, marking_template, tokens_by_marks, tokens_by_prefix
+
+    template = marking_template(tokenizer)
+    if template is not None:
+        labels = tokens_by_marks(tokenizer, template, messages)["labels"]
+    else:
+        labels = tokens_by_prefix(tokenizer, messages)["labels"]
+    prompt = next(position for position, label in enumerate(labels) if label != IGNORED)
+    return RowTokens(prompt, (len(labels) - prompt,))
 
 
 def batches(rows: Iterable[Row]) -> Iterator[list[Row]]:

@@ -13,9 +13,11 @@ from schemathesis.specs.openapi.checks import positive_data_acceptance
 from bento_service.api.app import create_app, in_front_of
 from bento_service.jobs.job import JobStatus
 from bento_service.jobs.store import Store
+from bento_service.preview_process import PreviewProcesses
 from bento_service.training import checkpoints
 from bento_service.training.events import TrainerEvent
 from bento_service.training.manifest import Build, Hardware, RunManifest, RunMetrics
+from bento_service.training.preview import preview
 from bento_service.training.run_directory import RunDirectory
 from tests.core_factory import MODEL, core, request, upload
 
@@ -34,6 +36,14 @@ MANIFEST = RunManifest(
     hardware=Hardware(machine="m", system="s", cpu_cores=1, memory_bytes=1, gpus=[], cuda=None),
     metrics=RunMetrics(step=2, tokens=64, training={"loss": 0.5}, evaluations=[]),
 )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def previews_in_this_process():
+    """A process for each preview would take minutes in all."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PreviewProcesses, "run", lambda processes, order, cancelled: preview(order))
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,125 @@
+"""Memory by arithmetic: what each setting adds or saves. ``benchmarks/memory.py`` compares with real runs."""
+
+import pytest
+
+from bento_service.training.memory import OVERHEAD, estimate, packed_batch, padded_batch
+from bento_service.training.model_shape import Architecture, ModelShape
+from tests.job_factory import make_job
+
+ARCHITECTURE = Architecture(
+    layers=2, hidden=64, intermediate=256, attention_width=64, key_value_width=32, vocabulary=1000
+)
+# An embedding and one linear layer.
+SHAPE = ModelShape(tensors={"embed.weight": (1000, 64), "layers.0.q_proj.weight": (64, 64)}, architecture=ARCHITECTURE)
+PARAMETERS = 64_000 + 4096
+
+
+def memory(batch=None, precision="fp32", device="cuda", shape=SHAPE, **options):
+    return estimate(make_job(options=options).spec, shape, precision, device, batch)
+
+
+def test_full_fine_tuning_keeps_weights_reference_gradients_and_two_moments():
+    found = memory(tuning="full")
+    assert (found.weights, found.reference, found.gradients) == (4 * PARAMETERS,) * 3
+    assert found.optimizer == 8 * PARAMETERS
+    assert found.certain == 20 * PARAMETERS
+    assert found.total == found.certain + OVERHEAD["cuda"]
+
+
+def test_what_saves_memory_is_not_counted():
+    assert memory(tuning="full", optimizer={"name": "sgd"}).optimizer == 0
+    assert memory(tuning="full", dpo={"precompute_ref_log_probs": True}).reference == 0
+    lora = memory(lora={"rank": 4})
+    assert lora.reference == 0
+    assert (lora.gradients, lora.weights) == (4 * 4 * 128, 4 * (PARAMETERS + 4 * 128))
+
+
+def test_autocast_keeps_copies_of_the_layers_weights():
+    assert memory(precision="bf16").weights - memory().weights == 2 * 4096
+
+
+@pytest.mark.parametrize(
+    ("tuning", "precision", "a_token"),
+    [
+        # The terms that PyTorch's saved-tensor hooks showed in transformers' Llama.
+        ("full", "fp32", 24 * 64 + 16 * 256 + 8 * 64 + 8 * 32),
+        ("lora", "fp32", 16 * 64 + 16 * 256 + 8 * 64 + 8 * 32 + 7 * 16 * 4),
+        ("full", "bf16", 26 * 64 + 8 * 256 + 4 * 64 + 4 * 32),
+        ("lora", "bf16", 18 * 64 + 8 * 256 + 6 * 64 + 4 * 32 + 7 * 16 * 2),
+    ],
+)
+def test_a_token_costs_a_layer_what_autograd_keeps(tuning, precision, a_token):
+    """The slope over layers, so that what is outside of them and the logits do not count."""
+    batch = packed_batch([(1000, 500)])
+    deeper = ModelShape(
+        tensors=SHAPE.tensors,
+        architecture=Architecture(**{**vars(ARCHITECTURE), "layers": 12}),
+    )
+    more = memory(batch, precision, tuning=tuning, shape=deeper).activations
+    less = memory(batch, precision, tuning=tuning).activations
+    assert (more - less) / 1.1 / 10 / 1000 == pytest.approx(a_token, rel=1e-3)
+
+
+def test_the_coefficients_are_those_of_autograd_today():
+    """A new release of transformers that keeps more in a layer is noticed here."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    rows, width = 4, 64
+
+    def kept(layers):
+        model = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=100,
+                hidden_size=64,
+                intermediate_size=256,
+                num_hidden_layers=layers,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+            )
+        )
+        known = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+        tensors = {}
+
+        def pack(tensor):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in known:
+                tensors[storage.data_ptr()] = (storage.nbytes(), tensor)  # held, so that no address is used twice
+            return tensor
+
+        ids = torch.zeros((rows, width), dtype=torch.long)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            model.model(input_ids=ids, attention_mask=torch.ones_like(ids))
+        return sum(size for size, _ in tensors.values()) / (rows * width)
+
+    assert (kept(4) - kept(2)) / 2 == pytest.approx(24 * 64 + 16 * 256 + 8 * 64 + 8 * 32, rel=0.02)
+
+
+def test_batches_are_padded_to_the_longest_or_packed_with_the_prompt_once():
+    padded = padded_batch(100, sequences=2, size=4)
+    assert (padded.tokens, padded.scored, padded.mask) == (800, 800, 80_000)
+    packed = packed_batch([(90, 40), (50, 20)])
+    assert (packed.tokens, packed.scored, packed.mask) == (140, 60, 0)
+    assert memory(packed).activations < memory(padded).activations
+
+
+def test_checkpointing_keeps_one_layer():
+    deep = ModelShape(tensors=SHAPE.tensors, architecture=Architecture(**{**vars(ARCHITECTURE), "layers": 40}))
+    batch = padded_batch(100, sequences=2, size=8)
+    whole = memory(batch, shape=deep).activations
+    assert memory(batch, shape=deep, gradient_checkpointing=True).activations < whole / 8
+
+
+def test_gradients_and_activations_add_up_only_when_gradients_are_accumulated():
+    batch = padded_batch(100, sequences=2, size=4)
+    once = memory(batch, tuning="full")
+    assert once.activations > once.gradients
+    assert once.total == once.certain - once.gradients + once.activations + once.overhead
+    accumulated = memory(batch, tuning="full", gradient_accumulation_steps=2)
+    assert accumulated.total == accumulated.certain + accumulated.activations + accumulated.overhead
+
+
+def test_an_unknown_architecture_has_no_activations():
+    found = memory(padded_batch(100, sequences=2, size=4), shape=ModelShape(tensors=SHAPE.tensors, architecture=None))
+    assert found.activations is None
+    assert found.total > found.certain
