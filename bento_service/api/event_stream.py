@@ -31,6 +31,14 @@ SEND_SECONDS = 60
 READERS = 4
 
 
+class Heartbeat(ServerSentEvent):
+    """A comment alone, without the empty line that ends a message: OpenAI's client takes one for a message without
+    data, and fails."""
+
+    def encode(self) -> bytes:
+        return b": ping\r\n"
+
+
 class EventStreams:
     """The streams of one API process: how many there are, and the threads that they read with."""
 
@@ -47,7 +55,10 @@ class EventStream(EventSourceResponse):
         self._limit = impl.settings.max_streams
         self._job_id = job_id
         super().__init__(
-            _messages(streams, impl, job_id, after_seq), ping=HEARTBEAT_SECONDS, send_timeout=SEND_SECONDS
+            _messages(streams, impl, job_id, after_seq),
+            ping=HEARTBEAT_SECONDS,
+            ping_message_factory=Heartbeat,
+            send_timeout=SEND_SECONDS,
         )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -11,6 +11,7 @@ import httpx2
 import openai
 import psutil
 import pytest
+from openai.types.fine_tuning import FineTuningJobEvent
 
 from bento_service.jobs.store import Store
 from tests.bento_server import bento_server
@@ -149,6 +150,47 @@ def test_what_was_trained_is_downloaded_and_loads(client, server, models, tmp_pa
 
     assert {model.id for model in client.models.list()} >= {MODEL, job.fine_tuned_model}
     assert client.models.retrieve(job.fine_tuned_model).trl["job_id"] == job.id
+
+
+def test_a_running_job_is_followed_paged_and_cancelled(client, server):
+    """With nothing but OpenAI's client: its own stream reads the events until the job has ended."""
+    file = client.files.create(file=("pairs.jsonl", json_lines(PAIRS)), purpose="fine-tune")
+    job = client.fine_tuning.jobs.create(
+        model=MODEL,
+        training_file=file.id,
+        method={"type": "dpo", "dpo": {"hyperparameters": {"n_epochs": 100_000}}},
+        metadata={"test": "cancelled"},
+        extra_body={"trl": {"max_length": 64, "saving": {"strategy": "end"}}},
+    )
+    events = client.get(
+        f"/fine_tuning/jobs/{job.id}/events",
+        options={"params": {"stream": "true"}},
+        cast_to=FineTuningJobEvent,
+        stream=True,
+        stream_cls=openai.Stream[FineTuningJobEvent],
+    )
+    seen, cancelled = [], None
+    for event in events:
+        seen.append(event)
+        if event.type == "metrics" and cancelled is None:
+            cancelled = client.fine_tuning.jobs.cancel(job.id)
+            assert (cancelled.status, cancelled.trl["wanted"]) == ("running", "cancel"), server.log()
+    assert seen[-1].data["to"] == "cancelled", server.log()
+    ended_job = client.fine_tuning.jobs.retrieve(job.id)
+    assert (ended_job.status, ended_job.fine_tuned_model, ended_job.result_files) == ("cancelled", None, [])
+    assert ended_job.finished_at >= ended_job.created_at
+    with pytest.raises(openai.ConflictError) as refused:
+        client.fine_tuning.jobs.cancel(job.id)
+    assert refused.value.code == "transition_refused"
+
+    # Every list by its pages, however small these are.
+    assert [event.id for event in client.fine_tuning.jobs.list_events(job.id, limit=2)][::-1] == [e.id for e in seen]
+    assert [found.id for found in client.fine_tuning.jobs.list(metadata={"test": "cancelled"}, limit=1)] == [job.id]
+    everything = [found.id for found in client.fine_tuning.jobs.list(limit=100)]
+    assert [found.id for found in client.fine_tuning.jobs.list(limit=1)] == everything
+    oldest_first = [found.id for found in client.files.list(order="asc", limit=1)]
+    assert file.id in oldest_first
+    assert [found.id for found in client.files.list()] == oldest_first[::-1]
 
 
 def test_a_model_that_cannot_be_loaded_fails_its_job_with_the_reason(client, server):

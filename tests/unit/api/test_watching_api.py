@@ -4,9 +4,12 @@ import json
 import time
 
 import pytest
+from openai._streaming import SSEDecoder
+from sse_starlette import ServerSentEvent
 from starlette.testclient import TestClient
 
 from bento_service.api.app import create_app, in_front_of
+from bento_service.api.event_stream import Heartbeat
 from bento_service.jobs.job import JobStatus
 from bento_service.jobs.store import Store
 from bento_service.training.events import TrainerEvent
@@ -169,3 +172,12 @@ def test_the_estimated_start_of_queued_jobs(client, impl, store):
     assert waiting["trl"]["estimated_start"] == running["estimated_finish"]
     listed = {job["id"]: job["trl"]["estimated_start"] for job in client.get(JOBS).json()["data"]}
     assert listed == {jobs[0]: None, jobs[1]: running["estimated_finish"], jobs[2]: None}
+
+
+def test_a_heartbeat_is_no_message_to_openais_client():
+    first, second = (
+        ServerSentEvent("{}", id="1", event="state").encode(),
+        ServerSentEvent("[DONE]", event="done").encode(),
+    )
+    sent = [first, Heartbeat().encode(), Heartbeat().encode(), second]
+    assert [message.data for message in SSEDecoder().iter_bytes(iter(sent))] == ["{}", "[DONE]"]
