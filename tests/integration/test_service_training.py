@@ -179,8 +179,9 @@ def test_a_running_job_is_followed_paged_and_cancelled(client, server):
     ended_job = client.fine_tuning.jobs.retrieve(job.id)
     assert (ended_job.status, ended_job.fine_tuned_model, ended_job.result_files) == ("cancelled", None, [])
     assert ended_job.finished_at >= ended_job.created_at
+    assert client.fine_tuning.jobs.cancel(job.id).status == "cancelled"  # asking twice is the same as once
     with pytest.raises(openai.ConflictError) as refused:
-        client.fine_tuning.jobs.cancel(job.id)
+        client.fine_tuning.jobs.resume(job.id)
     assert refused.value.code == "transition_refused"
 
     # Every list by its pages, however small these are.
