@@ -8,8 +8,11 @@ import structlog
 def configure_logs() -> None:
     """Set up structlog for this process. Call once, before the first line is logged."""
     terminal = sys.stderr.isatty()
+    # Plain tracebacks: the default ones take seconds to draw, and show local variables, API keys among them.
     renderer: structlog.typing.Processor = (
-        structlog.dev.ConsoleRenderer() if terminal else structlog.processors.JSONRenderer()
+        structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)
+        if terminal
+        else structlog.processors.JSONRenderer()
     )
     format_exception = [] if terminal else [structlog.processors.format_exc_info]
     structlog.configure(

@@ -5,8 +5,18 @@ import uuid
 
 import pytest
 import sqlalchemy as sa
+import structlog
 
 from tests.postgresql_server import postgresql_server, server_programs
+
+# As the service sets it up for a terminal: structlog's own tracebacks take seconds to draw.
+structlog.configure(
+    processors=[
+        structlog.contextvars.merge_contextvars,
+        structlog.processors.add_log_level,
+        structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback),
+    ]
+)
 
 
 @pytest.fixture(scope="session")
