@@ -35,6 +35,7 @@ def test_everything_is_imported_and_cuda_was_not_asked():
     assert after["asked"] == ["is_available"]
     assert {
         "trl.trainer.dpo_trainer",
+        "trl.trainer.sft_trainer",
         "transformers.trainer",
         "transformers.models.auto.modeling_auto",
         "peft",
