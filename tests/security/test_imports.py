@@ -6,6 +6,7 @@ elsewhere are resolved by the test.
 
 import ssl
 import threading
+import time
 from contextlib import ExitStack
 
 import pytest
@@ -258,24 +259,27 @@ class TestBounds:
         with pytest.raises(TooLarge, match="TRL_MAX_FILE_BYTES"):
             fetch(server.url("/data/large"), max_file_bytes=100_000, **allowing(server))
 
-    def test_time_however_little_is_sent_at_a_time(self, fetch, server):
+    @pytest.mark.parametrize("pause", [0.02, 20], ids=["little", "nothing"])
+    def test_time_however_little_is_sent_at_a_time(self, fetch, server, pause):
         done = threading.Event()
 
         def trickle(request):
             request.send_response(200)
             request.end_headers()
-            while not done.wait(0.02):
+            while not done.wait(pause):
                 try:
                     request.wfile.write(b"x")
                 except OSError:
                     break
 
         server.answers["/data/slow"] = trickle
+        began = time.monotonic()
         try:
             with pytest.raises(ImportFailed, match="TRL_IMPORT_SECONDS"):
                 fetch(server.url("/data/slow"), import_seconds=0.5, **allowing(server))
         finally:
             done.set()
+        assert time.monotonic() - began < 10
 
     @pytest.mark.parametrize(
         ("answer", "says"),

@@ -4,8 +4,8 @@ import threading
 
 import pytest
 
-from bento_service.errors import ClientIdConflict, Conflict, NotFound, TransitionRefused
-from bento_service.jobs.job import TRANSITIONS, JobError, JobStatus, Lease
+from bento_service.errors import ClientIdConflict, Conflict, NotFound, TooManyJobs, TransitionRefused
+from bento_service.jobs.job import TRANSITIONS, JobError, JobStatus, Lease, OpenJobLimits
 from bento_service.jobs.store import LeaseLost, Store
 from bento_service.training.events import TrainerEvent
 from tests.job_factory import make_file, make_job, submit
@@ -249,3 +249,23 @@ def test_a_file_in_use_is_kept_and_bytes_go_with_their_last_name(store):
     assert store.delete_file(two.id) is True
     with pytest.raises(NotFound):
         store.get_file(two.id)
+
+
+def test_open_jobs_are_counted_per_caller_and_in_all(store):
+    limits = OpenJobLimits(total=3, per_caller=2)
+    file = store.add_file(make_file())
+
+    def create(caller):
+        return store.create_job(make_job(file.id, submitted_by=caller), limits)[0]
+
+    first = create("ci")
+    assert store.get_job(first.id).submitted_by == "ci"
+    create(None)
+    create(None)
+    for caller, setting in ((None, "TRL_MAX_OPEN_JOBS_PER_KEY"), ("ci", "TRL_MAX_OPEN_JOBS on")):
+        with pytest.raises(TooManyJobs, match=setting):
+            create(caller)
+        with pytest.raises(TooManyJobs, match=setting):
+            store.require_room(caller, limits)
+    store.request_stop(first.id, "cancel")
+    assert create("ci").submitted_by == "ci"
