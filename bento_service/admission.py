@@ -16,6 +16,7 @@ from bento_service.jobs.devices import Devices, device_memory
 from bento_service.jobs.disk import disk_need, gigabytes
 from bento_service.jobs.job import JobRequest
 from bento_service.settings import Settings
+from bento_service.training.best import require_known
 from bento_service.training.memory import estimate
 from bento_service.training.model_shape import ModelShape
 from bento_service.training.recipes import RECIPES
@@ -74,6 +75,7 @@ class Admission:
             _require_one_rate,
             _require_suffix,
             _require_one_held_out,
+            _require_comparable,
             self._require_devices,
         ):
             attempt(lambda check=check: check(request))  # type: ignore[misc]
@@ -191,6 +193,17 @@ def _require_one_held_out(request: JobRequest) -> None:
         raise InvalidRequest(
             "Both validation_file and trl.evaluation.split are given: held-out pairs come from one of them.",
             param="trl.evaluation.split",
+        )
+
+
+def _require_comparable(request: JobRequest) -> None:
+    evaluation = request.options.evaluation
+    require_known(evaluation, request.method)
+    if evaluation.early_stopping is not None and request.validation_file is None and evaluation.split == 0:
+        raise InvalidRequest(
+            "trl.evaluation.early_stopping needs rows to evaluate on: give a validation_file, or hold out some of the "
+            "training rows with trl.evaluation.split.",
+            param="trl.evaluation.early_stopping",
         )
 
 

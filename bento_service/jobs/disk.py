@@ -33,7 +33,8 @@ class DiskNeed:
 def disk_need(spec: TrainingSpec, runs: Path) -> DiskNeed:
     """Compare a job's checkpoints with the free space where they will lie.
 
-    One checkpoint more than ``total_limit`` counts, since the newest is written before the oldest is deleted. Of
+    One checkpoint more than ``total_limit`` counts, since the newest is written before the oldest is deleted, and one
+    more of a run that is evaluated, since the best is kept. Of
     a model that is not on this host yet nothing is known, and only the small files count. Raises InvalidRequest when
     the model's files are not what their names say.
     """
@@ -43,7 +44,7 @@ def disk_need(spec: TrainingSpec, runs: Path) -> DiskNeed:
     checkpoint = trained * (_WEIGHT_BYTES + MOMENTS[spec.options.optimizer.name])
     place = next(folder for folder in (runs, *runs.parents) if folder.exists())
     return DiskNeed(
-        needed=checkpoint * (spec.options.saving.total_limit + 1) + _REST_BYTES,
+        needed=checkpoint * (spec.options.saving.total_limit + 1 + spec.is_evaluated) + _REST_BYTES,
         free=shutil.disk_usage(place).free,
     )
 

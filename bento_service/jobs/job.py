@@ -91,6 +91,7 @@ class Progress:
     metrics: dict[str, float | None] = field(default_factory=dict)  # the latest metrics event, under TRL's names
     baseline: dict[str, float | None] = field(default_factory=dict)  # the evaluation before the first step
     evaluation: dict[str, float | None] = field(default_factory=dict)  # the latest evaluation
+    best: dict[str, Any] | None = None  # step, metric and value of the best checkpoint (``training.best.Best``)
     estimated_finish: int | None = None  # unix seconds
 
 

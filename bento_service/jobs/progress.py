@@ -17,6 +17,8 @@ def advance(progress: Mapping[str, Any], event: TrainerEvent) -> dict[str, Any]:
         values = _numbers(data)
         baseline = {"baseline": values} if data.get("step") == 0 else {}
         return {**progress, **baseline, "evaluation": values}
+    if best := data.get("best"):
+        return {**progress, "best": best}
     if event.type not in ("progress", "metrics"):
         return dict(progress)
     counters = {key: data[key] for key in ("step", "total_steps", "epoch", "tokens") if data.get(key) is not None}

@@ -129,9 +129,9 @@ def remove_torn(run: RunDirectory) -> list[Path]:
     return torn
 
 
-def remove_oldest(run: RunDirectory, *, keep: int) -> list[Path]:
-    """Delete all complete checkpoints but the newest ``keep``; return those deleted, oldest first."""
-    oldest = run.complete_checkpoints()[:-keep]
+def remove_oldest(run: RunDirectory, *, keep: int, best: int | None = None) -> list[Path]:
+    """Delete all complete checkpoints but the newest ``keep`` and that of step ``best``; return those deleted."""
+    oldest = [path for path in run.complete_checkpoints()[:-keep] if step_of(path) != best]
     for path in oldest:
         remove(path)
     return oldest
@@ -146,6 +146,10 @@ def remove(checkpoint: Path) -> None:
     finally:
         os.close(directory)
     shutil.rmtree(checkpoint)
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
 def _is_whole(checkpoint: Path) -> bool:

@@ -6,10 +6,12 @@ A line is one JSON object: ``{"seq": 7, "time": 1767.25, "type": "metrics", "lev
 Types and their data:
     progress    step, total_steps, epoch, tokens: when training starts, and after an evaluation before it
     metrics     step, total_steps, epoch, tokens and TRL's values under TRL's names (loss, learning_rate, grad_norm,
-                rewards/margins, rewards/accuracies, ...)
+                rewards/margins, rewards/accuracies, ...); tokens_per_second, rows_per_second, padding_fraction,
+                memory_peak_bytes and, where it is known, model_flops_utilization (see ``throughput``)
     evaluation  step, epoch and TRL's values with their eval_ prefix
     checkpoint  step, epoch, path, bytes, final
-    message     nothing, or what the message is about; removed: path of a checkpoint that was deleted
+    message     nothing, or what the message is about; removed: path of a checkpoint that was deleted; best: step,
+                metric and value of the best checkpoint so far
 """
 
 import errno

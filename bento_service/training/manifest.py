@@ -19,6 +19,7 @@ from pydantic import BaseModel, Field
 import bento_service
 from bento_service.errors import UnreadableRun
 from bento_service.plain_file import open_plain
+from bento_service.training.best import Best
 from bento_service.training.checkpoints import MANIFEST_FILE, sha256_of
 from bento_service.training.events import read_events
 from bento_service.training.run_directory import RunDirectory, write_durably
@@ -65,6 +66,7 @@ class RunMetrics(BaseModel):
     tokens: int = Field(description="Tokens trained, padding not counted.")
     training: dict[str, float | None] = Field(description="The last values, under TRL's names.")
     evaluations: list[Evaluation] = Field(description="In the order of their steps.")
+    best: Best | None = Field(default=None, description="The best checkpoint's evaluation.")
 
 
 class PublishedFile(BaseModel):
@@ -162,6 +164,8 @@ def read_metrics(run: RunDirectory) -> RunMetrics:
                 metrics.training = values
             elif event.type == "evaluation":
                 evaluations[event.data["step"]] = values
+            elif best := event.data.get("best"):
+                metrics.best = Best.model_validate(best)
     metrics.evaluations = [Evaluation(step=step, metrics=values) for step, values in sorted(evaluations.items())]
     return metrics
 

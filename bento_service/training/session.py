@@ -4,28 +4,31 @@ import json
 from pathlib import Path
 from typing import Literal
 
-from transformers import Trainer
-
+from bento_service.training.best import Comparison
 from bento_service.training.callbacks import AlreadyTrained, EventsCallback, ScheduleCallback
+from bento_service.training.checkpoints import read_manifest, step_of
 from bento_service.training.events import EventWriter
 from bento_service.training.run_directory import RunDirectory
 from bento_service.training.schedule import Schedule
 from bento_service.training.spec import TrainingSpec
 from bento_service.training.stop import StopRequested, StopSwitch
+from bento_service.training.throughput import CountingTrainer, Meter
 
 
 def train(
-    trainer: Trainer, spec: TrainingSpec, run: RunDirectory, events: EventWriter, stop: StopSwitch
+    trainer: CountingTrainer, spec: TrainingSpec, run: RunDirectory, events: EventWriter, stop: StopSwitch
 ) -> Literal["succeeded", "stopped"]:
-    """Train as scheduled, reporting through ``events``.
+    """Train as scheduled, or until evaluations stop getting better, reporting through ``events``.
 
     Returns "stopped" when a stop was requested before the last step and its evaluation were done. Raises
     TrainingFailed.
     """
     schedule = Schedule.of(spec, rows=len(trainer.train_dataset), evaluated=trainer.eval_dataset is not None)
     trainer.args.max_steps = schedule.total_steps
-    reporter = EventsCallback(events, run, schedule)
-    trainer.add_callback(ScheduleCallback(schedule, stop))
+    comparison = Comparison(spec.options.evaluation, spec.method)
+    meter = Meter(trainer, spec)
+    reporter = EventsCallback(events, run, schedule, comparison, meter)
+    trainer.add_callback(ScheduleCallback(schedule, comparison, stop))
     trainer.add_callback(reporter)
 
     complete = run.complete_checkpoints()
@@ -42,15 +45,20 @@ def train(
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
     except AlreadyTrained:
+        if checkpoint is not None and not read_manifest(checkpoint).final:
+            # The evaluation that a stop had left out was the one that ends the training.
+            reporter.on_save(trainer.args, trainer.state, trainer.control)
         return "succeeded"
     except StopRequested:
         # Between two steps, or out of an evaluation: what the last step left may not be saved yet.
         step = trainer.state.global_step
-        if step > 0 and not any(path.name == f"checkpoint-{step}" for path in run.complete_checkpoints()):
+        if step > 0 and step not in map(step_of, run.complete_checkpoints()):
             trainer._save_checkpoint(trainer.model, trial=None)
             reporter.on_save(trainer.args, trainer.state, trainer.control)
         return "stopped"
-    return "succeeded" if trainer.state.global_step >= schedule.total_steps else "stopped"
+    state = trainer.state
+    done = state.global_step >= schedule.total_steps or comparison.ended_early(state.log_history)
+    return "succeeded" if done else "stopped"
 
 
 def misses_evaluation(checkpoint: Path, schedule: Schedule) -> bool:

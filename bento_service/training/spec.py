@@ -157,6 +157,13 @@ class SftOptions(Options):
     )
 
 
+class EarlyStoppingOptions(Options):
+    """Ends the training when evaluations stop getting better."""
+
+    patience: int = Field(default=3, ge=1, description="Evaluations in a row that may be no better than the best.")
+    min_delta: float = Field(default=0.0, ge=0, description="By more than this the metric must be better to count.")
+
+
 class EvaluationOptions(Options):
     """When the validation file is scored. Without a validation file and without ``split`` nothing is."""
 
@@ -173,6 +180,28 @@ class EvaluationOptions(Options):
     )
     batch_size: int | None = Field(default=None, ge=1, description="Rows per forward pass. Default: batch_size.")
     max_steps: int | None = Field(default=None, ge=1, description="Most batches scored in one evaluation.")
+    metric: str = Field(
+        default="loss",
+        min_length=1,
+        max_length=64,
+        description="What evaluations are compared by, under TRL's name: the best one's checkpoint is kept and named.",
+        examples=["rewards/accuracies"],
+    )
+    greater_is_better: bool | None = Field(
+        default=None, description="Whether a greater value of the metric is better. Default: known from its name."
+    )
+    early_stopping: EarlyStoppingOptions | None = Field(
+        default=None, description="End the training when evaluations stop getting better. Default: never."
+    )
+
+    @model_validator(mode="after")
+    def _early_stopping_evaluates(self) -> "EvaluationOptions":
+        if self.early_stopping is not None and self.strategy not in ("epoch", "steps"):
+            raise ValueError(
+                f"early_stopping needs evaluations while training, and strategy {self.strategy} makes none: "
+                "use epoch or steps"
+            )
+        return self
 
 
 class SavingOptions(Options):
@@ -180,7 +209,12 @@ class SavingOptions(Options):
         default="epoch", description="When to save a checkpoint; one is always saved at the end."
     )
     steps: int = Field(default=100, ge=1, description="Optimizer steps between checkpoints (strategy steps).")
-    total_limit: int = Field(default=3, ge=1, description="Checkpoints kept; older ones are deleted.")
+    best: bool = Field(
+        default=False, description="Also save after each evaluation that is the best so far (evaluation.metric)."
+    )
+    total_limit: int = Field(
+        default=3, ge=1, description="Newest checkpoints kept, and the best one; others are deleted."
+    )
 
 
 class LoggingOptions(Options):
@@ -262,3 +296,9 @@ class TrainingSpec(BaseModel):
         default=False, description="Run the base model's own Python code. Decided by the operator at each launch."
     )
     options: TrlOptions
+
+    @property
+    def is_evaluated(self) -> bool:
+        """Whether there are rows to evaluate on, and they are wanted."""
+        evaluation = self.options.evaluation
+        return evaluation.strategy != "none" and (self.validation_file is not None or evaluation.split > 0)

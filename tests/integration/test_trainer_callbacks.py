@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
+from bento_service.training.best import Comparison
 from bento_service.training.callbacks import AlreadyTrained, ScheduleCallback
 from bento_service.training.schedule import Schedule
 from bento_service.training.spec import EvaluationOptions, SavingOptions
@@ -16,6 +17,9 @@ SCHEDULE = Schedule(
     evaluation=EvaluationOptions(strategy="steps", steps=4),
     saving=SavingOptions(strategy="epoch"),
 )
+
+
+COMPARISON = Comparison(EvaluationOptions(), "dpo")
 
 
 @pytest.fixture
@@ -31,7 +35,9 @@ def args(tmp_path: Path) -> TrainingArguments:
 def after_step(step: int, stop: StopSwitch, args: TrainingArguments) -> tuple[bool, bool, bool, bool]:
     """What is asked for after a step: log, evaluate, save, stop."""
     control = TrainerControl()
-    ScheduleCallback(SCHEDULE, stop).on_step_end(args, TrainerState(global_step=step), control)
+    ScheduleCallback(SCHEDULE, COMPARISON, stop).on_step_end(
+        args, TrainerState(log_history=[], global_step=step), control
+    )
     return control.should_log, control.should_evaluate, control.should_save, control.should_training_stop
 
 
@@ -48,7 +54,7 @@ def test_a_stop_logs_and_saves_the_step_that_ended(stop: StopSwitch, args: Train
 
 
 def test_a_stop_while_evaluating_leaves_the_evaluation(stop: StopSwitch, args: TrainingArguments) -> None:
-    callback = ScheduleCallback(SCHEDULE, stop)
+    callback = ScheduleCallback(SCHEDULE, COMPARISON, stop)
     callback.on_prediction_step(args, TrainerState(), TrainerControl())
     stop.requested = True
     with pytest.raises(StopRequested):
@@ -58,20 +64,20 @@ def test_a_stop_while_evaluating_leaves_the_evaluation(stop: StopSwitch, args: T
 def test_a_stop_after_an_evaluation_or_while_saving_makes_no_further_step(
     stop: StopSwitch, args: TrainingArguments
 ) -> None:
-    callback = ScheduleCallback(SCHEDULE, stop)
+    callback = ScheduleCallback(SCHEDULE, COMPARISON, stop)
     stop.requested = True
     evaluated, saved = TrainerControl(), TrainerControl()
-    callback.on_evaluate(args, TrainerState(global_step=4), evaluated)
-    callback.on_save(args, TrainerState(global_step=5), saved)
+    callback.on_evaluate(args, TrainerState(log_history=[], global_step=4), evaluated)
+    callback.on_save(args, TrainerState(log_history=[], global_step=5), saved)
     assert (evaluated.should_save, evaluated.should_training_stop) == (True, True)
     assert (saved.should_save, saved.should_training_stop) == (False, True)
 
 
 def test_an_epoch_begins_only_when_there_is_a_step_to_make(stop: StopSwitch, args: TrainingArguments) -> None:
-    callback = ScheduleCallback(SCHEDULE, stop)
-    callback.on_epoch_begin(args, TrainerState(global_step=9), TrainerControl())
+    callback = ScheduleCallback(SCHEDULE, COMPARISON, stop)
+    callback.on_epoch_begin(args, TrainerState(log_history=[], global_step=9), TrainerControl())
     with pytest.raises(AlreadyTrained):
-        callback.on_epoch_begin(args, TrainerState(global_step=10), TrainerControl())
+        callback.on_epoch_begin(args, TrainerState(log_history=[], global_step=10), TrainerControl())
     stop.requested = True
     with pytest.raises(StopRequested):
-        callback.on_epoch_begin(args, TrainerState(global_step=5), TrainerControl())
+        callback.on_epoch_begin(args, TrainerState(log_history=[], global_step=5), TrainerControl())

@@ -8,6 +8,7 @@ from bento_service.api.wire.base import NO_NUL, Strict, seconds
 from bento_service.api.wire.methods import Method, SupervisedHyperparameters, SupervisedMethod
 from bento_service.errors import InvalidRequest
 from bento_service.jobs.job import Job, JobRequest, JobStatus
+from bento_service.training.best import Best
 from bento_service.training.spec import TrlOptions
 
 MetadataKey = Annotated[str, StringConstraints(max_length=64, pattern=NO_NUL)]
@@ -103,6 +104,7 @@ class ProgressBody(BaseModel):
     metrics: dict[str, float | None] = Field(description="The newest values, under TRL's names.")
     baseline: dict[str, float | None] = Field(description="The evaluation before the first step, if there was one.")
     evaluation: dict[str, float | None] = Field(description="The newest evaluation.")
+    best: Best | None = Field(description="The best checkpoint so far, by trl.options.evaluation.metric.")
 
 
 class Resolved(BaseModel):
@@ -211,6 +213,7 @@ class JobObject(BaseModel):
                     metrics=job.progress.metrics,
                     baseline=job.progress.baseline,
                     evaluation=job.progress.evaluation,
+                    best=None if job.progress.best is None else Best.model_validate(job.progress.best),
                 ),
                 options=job.request.options,
                 resolved=Resolved(

@@ -1,0 +1,57 @@
+"""How much arithmetic training takes, and how much a GPU can do.
+
+Model FLOPs as in the PaLM paper's appendix B (arXiv 2204.02311), without its term for attention over long sequences:
+2 a parameter for the forward pass, 4 for the backward pass through trained weights and 2 through frozen ones.
+"""
+
+import torch
+from torch import nn
+
+from bento_service.training.spec import TrainingSpec
+
+# Dense 16-bit tensor FLOP/s by what the device's name contains, the longer name first; from NVIDIA's data sheets.
+PEAK_FLOPS = {
+    "GB200": 2500e12,
+    "B200": 2250e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "A800": 312e12,
+    "A40": 149.7e12,
+    "A30": 165e12,
+    "A10G": 70e12,
+    "A10": 125e12,
+    "L40S": 362e12,
+    "L40": 181e12,
+    "L4": 121e12,
+    "V100": 125e12,
+    "T4": 65e12,
+}
+
+# Forward passes of a frozen reference model beside those of the trained one.
+_REFERENCE_PASSES = {"dpo": 1, "supervised": 0}
+
+
+def flops_per_position(model: nn.Module, spec: TrainingSpec) -> float:
+    """FLOPs that one position of a training batch takes.
+
+    All parameters count but embeddings that are only looked up; those that also serve as the output head count once.
+    """
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if head is None or head.weight is not embeddings.weight:
+        parameters -= embeddings.weight.numel()
+    backward = 4 if spec.options.tuning == "full" else 2
+    reference = 0 if spec.options.dpo.precompute_ref_log_probs else 2 * _REFERENCE_PASSES[spec.method]
+    return float(parameters * (2 + backward + reference))
+
+
+def device_flops(model: nn.Module) -> float | None:
+    """Peak 16-bit FLOP/s of the GPU that the model is on; None for other devices and GPUs that are not listed."""
+    device = next(model.parameters()).device
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for known, peak in PEAK_FLOPS.items() if known in name), None)
