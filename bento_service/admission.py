@@ -23,7 +23,7 @@ from bento_service.training.recipes import RECIPES
 from bento_service.training.spec import LEARNING_RATES, METHOD_OPTIONS, MethodName, TrainingSpec
 
 # What "auto" means. beta is the value of the DPO paper and of TRL; one pass, since preference data overfits early.
-AUTO_BETAS: dict[MethodName, float] = {"dpo": 0.1}
+AUTO_BETAS: dict[MethodName, float] = {"dpo": 0.1, "kto": 0.1}
 AUTO_BATCH_SIZE = 8
 AUTO_EPOCHS = 1
 AUTO_SEED = 42
@@ -76,6 +76,7 @@ class Admission:
             _require_suffix,
             _require_one_held_out,
             _require_comparable,
+            _require_mismatched,
             self._require_devices,
         ):
             attempt(lambda check=check: check(request))  # type: ignore[misc]
@@ -193,6 +194,15 @@ def _require_one_held_out(request: JobRequest) -> None:
         raise InvalidRequest(
             "Both validation_file and trl.evaluation.split are given: held-out pairs come from one of them.",
             param="trl.evaluation.split",
+        )
+
+
+def _require_mismatched(request: JobRequest) -> None:
+    """KTO's reference point comes from prompts with the completions of other rows of the same batch."""
+    if request.method == "kto" and request.options.kto.loss_type == "kto" and request.batch_size == 1:
+        raise InvalidRequest(
+            'kto needs a batch_size of 2 or more: use that, or trl.kto.loss_type "apo_zero_unpaired".',
+            param="method.kto.hyperparameters.batch_size",
         )
 
 

@@ -25,6 +25,7 @@ _REWARDS: dict[str, bool | None] = {
 }
 METRICS: dict[MethodName, dict[str, bool | None]] = {
     "dpo": {"loss": False, "rewards/accuracies": True, **_REWARDS, "mean_token_accuracy": True, "entropy": None},
+    "kto": {"loss": False, **_REWARDS, "kl": None, "entropy": None},
     "supervised": {"loss": False, "mean_token_accuracy": True, "entropy": None},
 }
 

@@ -30,9 +30,6 @@ PEAK_FLOPS = {
     "T4": 65e12,
 }
 
-# Forward passes of a frozen reference model beside those of the trained one.
-_REFERENCE_PASSES = {"dpo": 1, "supervised": 0}
-
 
 def flops_per_position(model: nn.Module, spec: TrainingSpec) -> float:
     """FLOPs that one position of a training batch takes.
@@ -44,8 +41,17 @@ def flops_per_position(model: nn.Module, spec: TrainingSpec) -> float:
     if head is None or head.weight is not embeddings.weight:
         parameters -= embeddings.weight.numel()
     backward = 4 if spec.options.tuning == "full" else 2
-    reference = 0 if spec.options.dpo.precompute_ref_log_probs else 2 * _REFERENCE_PASSES[spec.method]
-    return float(parameters * (2 + backward + reference))
+    return float(parameters * (2 + backward + 2 * further_passes(spec)))
+
+
+def further_passes(spec: TrainingSpec) -> int:
+    """Forward passes beside the trained one: the reference model's, and both models' over KTO's mismatched rows."""
+    if spec.method == "dpo":
+        return 0 if spec.options.dpo.precompute_ref_log_probs else 1
+    if spec.method == "kto":
+        mismatched = spec.options.kto.loss_type == "kto"
+        return mismatched + (0 if spec.options.kto.precompute_ref_log_probs else 1 + mismatched)
+    return 0
 
 
 def device_flops(model: nn.Module) -> float | None:

@@ -8,7 +8,11 @@ from typing import Any
 
 from bento_service.training.manifest import Evaluation, RunManifest
 
-METHOD_NAMES = {"dpo": "direct preference optimization (DPO)", "supervised": "supervised fine-tuning"}
+METHOD_NAMES = {
+    "dpo": "direct preference optimization (DPO)",
+    "supervised": "supervised fine-tuning",
+    "kto": "Kahneman-Tversky optimization (KTO)",
+}
 
 # Columns of the evaluation table: TRL's name, heading, digits.
 _COLUMNS = (

@@ -6,4 +6,5 @@ from bento_service.training.spec import MethodName
 RECIPES: dict[MethodName, str] = {
     "dpo": "bento_service.training.dpo",
     "supervised": "bento_service.training.sft",
+    "kto": "bento_service.training.kto",
 }

@@ -28,17 +28,18 @@ LossType = Literal[
 ]
 
 # The methods of training that have a name; those that a job can ask for have a recipe in ``training.recipes``.
-MethodName = Literal["dpo", "supervised"]
+MethodName = Literal["dpo", "supervised", "kto"]
 
-# Peak learning rates: for full fine-tuning the defaults of trl.DPOConfig and trl.SFTConfig, and through a LoRA adapter
-# ten times that, the factor that TRL's PEFT guide gives (https://huggingface.co/docs/trl/peft_integration).
+# Peak learning rates: for full fine-tuning the defaults of TRL's DPOConfig, SFTConfig and KTOConfig, and through a
+# LoRA adapter ten times that, the factor that TRL's PEFT guide gives (https://huggingface.co/docs/trl/peft_integration).
 LEARNING_RATES: dict[MethodName, dict[Literal["full", "lora"], float]] = {
     "dpo": {"full": 1e-6, "lora": 1e-5},
     "supervised": {"full": 2e-5, "lora": 2e-4},
+    "kto": {"full": 1e-6, "lora": 1e-5},
 }
 
 # Each method's own group in TrlOptions.
-METHOD_OPTIONS: dict[MethodName, str] = {"dpo": "dpo", "supervised": "sft"}
+METHOD_OPTIONS: dict[MethodName, str] = {"dpo": "dpo", "supervised": "sft", "kto": "kto"}
 
 
 class Options(BaseModel):
@@ -67,7 +68,7 @@ class OptimizerOptions(Options):
         default=None,
         gt=0,
         le=1,
-        description="Peak learning rate. Default: 1e-6 for dpo and 2e-5 for supervised, ten times that for LoRA, "
+        description="Peak learning rate. Default: 1e-6 for dpo and kto, 2e-5 for supervised, ten times that for LoRA, "
         "times learning_rate_multiplier.",
     )
     weight_decay: float | None = Field(
@@ -154,6 +155,19 @@ class SftOptions(Options):
         default=False,
         description="Put several rows into one sequence of up to max_length tokens, without padding; they do not see "
         "each other. batch_size then counts sequences.",
+    )
+
+
+class KtoOptions(Options):
+    """Details of the KTO objective; names and meanings as in ``trl.KTOConfig``."""
+
+    loss_type: Literal["kto", "apo_zero_unpaired"] = Field(
+        default="kto", description="The loss of the KTO paper, or the unpaired variant of APO-zero."
+    )
+    desirable_weight: float = Field(default=1.0, gt=0, description="Weight of the losses of good completions.")
+    undesirable_weight: float = Field(default=1.0, gt=0, description="Weight of the losses of bad completions.")
+    precompute_ref_log_probs: bool = Field(
+        default=False, description="Score the data with the reference model once, before training."
     )
 
 
@@ -264,6 +278,7 @@ class TrlOptions(Options):
     scheduler: SchedulerOptions = SchedulerOptions()
     dpo: DpoOptions = Field(default=DpoOptions(), description="Of the method dpo only.")
     sft: SftOptions = Field(default=SftOptions(), description="Of the method supervised only.")
+    kto: KtoOptions = Field(default=KtoOptions(), description="Of the method kto only.")
     evaluation: EvaluationOptions = EvaluationOptions()
     saving: SavingOptions = SavingOptions()
     logging: LoggingOptions = LoggingOptions()

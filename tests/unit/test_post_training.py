@@ -69,6 +69,11 @@ def test_each_method_has_its_own_defaults(impl):
     assert (spec.method, spec.beta, spec.learning_rate) == ("supervised", None, 2e-4)
     spec = impl.submit(request(chat, method="supervised", options={"tuning": "full"})).spec
     assert spec.learning_rate == 2e-5
+    unpaired = upload(impl, [{"prompt": "Hi", "completion": "Hello.", "label": True}]).id
+    spec = impl.submit(request(unpaired, method="kto")).spec
+    assert (spec.method, spec.beta, spec.learning_rate) == ("kto", 0.1, 1e-5)
+    with pytest.raises(InvalidRequest, match="batch_size of 2 or more"):
+        impl.submit(request(unpaired, method="kto", batch_size=1))
 
 
 @pytest.mark.parametrize(
@@ -78,6 +83,19 @@ def test_each_method_has_its_own_defaults(impl):
 def test_options_of_another_method_are_refused(impl, file_id, method, options, param):
     with pytest.raises(InvalidRequest, match="another method") as refused:
         impl.submit(request(file_id, method=method, options=options))
+    assert refused.value.param == param
+
+
+@pytest.mark.parametrize(
+    ("evaluation", "param"),
+    [
+        ({"split": 0.5, "metric": "accuracy"}, "trl.evaluation.metric"),
+        ({"early_stopping": {}}, "trl.evaluation.early_stopping"),
+    ],
+)
+def test_evaluations_that_cannot_be_compared_are_refused(impl, file_id, evaluation, param):
+    with pytest.raises(InvalidRequest) as refused:
+        impl.submit(request(file_id, options={"evaluation": evaluation}))
     assert refused.value.param == param
 
 

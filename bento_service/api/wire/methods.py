@@ -60,8 +60,16 @@ class DpoHyperparameters(SupervisedHyperparameters):
     )
 
 
+class KtoHyperparameters(DpoHyperparameters):
+    """The same as DPO's; auto for beta is 0.1 here, too."""
+
+
 class DpoMethod(Strict):
     hyperparameters: DpoHyperparameters = DpoHyperparameters()
+
+
+class KtoMethod(Strict):
+    hyperparameters: KtoHyperparameters = KtoHyperparameters()
 
 
 class SupervisedMethod(Strict):
@@ -74,6 +82,7 @@ class Method(Strict):
     type: MethodName = Field(description="Name of the method.")
     dpo: DpoMethod | None = Field(default=None, exclude_if=lambda value: value is None)
     supervised: SupervisedMethod | None = Field(default=None, exclude_if=lambda value: value is None)
+    kto: KtoMethod | None = Field(default=None, exclude_if=lambda value: value is None)
 
     @model_validator(mode="after")
     def _one_method(self) -> "Method":
