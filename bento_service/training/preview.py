@@ -23,7 +23,7 @@ from bento_service.training.row_bounds import Bounds
 from bento_service.training.schedule import Schedule
 from bento_service.training.spec import TrainingSpec
 from bento_service.training.token_statistics import TokenStatistics, TokenTally
-from bento_service.training.tokenization import RowTokens, batches, row_tokens
+from bento_service.training.tokenization import BATCH_ROWS, RowTokens, batches, row_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -204,8 +204,8 @@ def paced(rows: Iterator[Row], count: int, seconds: float) -> Iterator[tuple[int
     while True:
         used = (time.monotonic() - start) / seconds
         goal = count * (used - _UNHURRIED) / (1 - _UNHURRIED)
-        # The last batch is always read, so that the end of a file is heard of too.
-        while read < min(goal, count - 1) and next(source, None) is not None:
+        # The last rows are always read, so that the end of a file is heard of too.
+        while read < min(goal, count - BATCH_ROWS) and next(source, None) is not None:
             passed += 1
         first = read
         batch = next(batches(source), None)

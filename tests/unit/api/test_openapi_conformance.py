@@ -4,6 +4,8 @@ Schemathesis makes requests from the document, valid and invalid ones. What they
 they come further than 404: of the valid ones, each operation has to carry out some.
 """
 
+from pathlib import Path
+
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, Phase, given, seed, settings
@@ -17,8 +19,11 @@ from bento_service.preview_process import PreviewProcesses
 from bento_service.training import checkpoints
 from bento_service.training.events import TrainerEvent
 from bento_service.training.manifest import Build, Hardware, RunManifest, RunMetrics
-from bento_service.training.preview import preview
+from bento_service.training.preferences import check_file
+from bento_service.training.preview import Preview, run_of
 from bento_service.training.run_directory import RunDirectory
+from bento_service.training.token_statistics import TokenTally
+from bento_service.training.tokenization import RowTokens
 from tests.core_factory import MODEL, core, request, upload
 
 EXAMPLES = 25
@@ -39,11 +44,21 @@ MANIFEST = RunManifest(
 )
 
 
+def preview_of(order):
+    """The data really checked, and tokens as if each text had a few: a process and a tokenizer would take minutes."""
+    report = check_file(Path(order.spec.training_file), method=order.spec.method, bounds=order.bounds)
+    tally = TokenTally(order.spec.options.max_length, order.spec.batch_size)
+    for _ in range(report.rows):
+        tally.add(RowTokens(1, (5, 6)))
+    tokens = tally.statistics(report.rows)
+    run = run_of(order.spec, tokens, None)
+    return Preview(training=report.to_json(), validation=None, refusals=[], tokens=tokens, run=run)
+
+
 @pytest.fixture(scope="module", autouse=True)
-def previews_in_this_process():
-    """A process for each preview would take minutes in all."""
+def previews_at_once():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(PreviewProcesses, "run", lambda processes, order, cancelled: preview(order))
+        patch.setattr(PreviewProcesses, "run", lambda processes, order, cancelled: preview_of(order))
         yield
 
 
