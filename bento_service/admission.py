@@ -95,6 +95,7 @@ class Admission:
             training_file=training_file,
             validation_file=validation_file,
             device=self._settings.device,
+            reference_cache=self._settings.reference_cache_path,
         )
         attempt(lambda: self._require_room(spec))
         return Verdict(spec, tuple(refusals))
@@ -225,6 +226,7 @@ def resolve_spec(
     training_file: Path,
     validation_file: Path | None,
     device: Literal["auto", "cuda", "cpu", "mps"],
+    reference_cache: Path | None = None,
 ) -> TrainingSpec:
     """The complete specification of a job: every "auto" of the request replaced by its value."""
     base_rate = LEARNING_RATES[request.method][request.options.tuning]
@@ -236,6 +238,7 @@ def resolve_spec(
         model_path=None if model_path is None else str(model_path),
         training_file=str(training_file),
         validation_file=None if validation_file is None else str(validation_file),
+        reference_cache=None if reference_cache is None else str(reference_cache),
         seed=AUTO_SEED if request.seed is None else request.seed,
         beta=AUTO_BETAS.get(request.method) if request.beta is None else request.beta,
         batch_size=AUTO_BATCH_SIZE if request.batch_size is None else request.batch_size,

@@ -216,6 +216,11 @@ class Settings(BaseSettings):
         return self.home / "files"
 
     @property
+    def reference_cache_path(self) -> Path:
+        """Log-probabilities of reference models that jobs share; may be deleted while no job runs."""
+        return self.home / "cache" / "reference"
+
+    @property
     def runs_path(self) -> Path:
         return self.home / "runs"
 

@@ -1,15 +1,16 @@
-"""The DPO recipe: from a specification to the final checkpoint, with TRL's DPOTrainer.
+"""The DPO recipe: from a specification to the final checkpoint, with TRL's DPOTrainer on packed batches.
 
 Read ``run`` from top to bottom; it is what a plain TRL script does (``examples/dpo_script.py``), plus events,
 checkpoints that survive a kill, and a stop on request. The numbers are TRL's: same data, seed and settings give
 the script's losses.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from datasets import Dataset, disable_progress_bars
-from trl import DPOConfig, DPOTrainer
+from trl import DPOConfig
 
 from bento_service.errors import InvalidDataset
 from bento_service.training.arguments import shared_arguments
@@ -18,15 +19,29 @@ from bento_service.training.devices import choose_precision, find_device
 from bento_service.training.events import EventWriter
 from bento_service.training.lora import lora_config
 from bento_service.training.models import load_model, load_tokenizer
+from bento_service.training.packed_dpo import PackedDPOTrainer
+from bento_service.training.packing import PackedBatch
+from bento_service.training.reference import ReferenceCache, precompute_pays
+from bento_service.training.row_budget import row_tokens
 from bento_service.training.run_directory import RunDirectory
 from bento_service.training.session import train
 from bento_service.training.spec import TrainingSpec
 from bento_service.training.stop import StopSwitch
-from bento_service.training.throughput import CountingTrainer
+from bento_service.training.throughput import BatchSize, CountingTrainer
+
+# FlexAttention is compiled for each number of tokens, so on CUDA rows have few of them.
+CUDA_ROW_MULTIPLE = 512
 
 
-class CountingDPOTrainer(CountingTrainer, DPOTrainer):
+class CountingDPOTrainer(CountingTrainer, PackedDPOTrainer):
     sequences_per_row = 2  # the chosen and the rejected reply, each after the prompt
+
+    def batch_size(self, inputs: Mapping[str, Any]) -> BatchSize:
+        size = super().batch_size(inputs)
+        if "packed" not in inputs:
+            return size
+        packed: PackedBatch = inputs["packed"]
+        return size._replace(computed=packed.tokens, padding=packed.padding)
 
 
 def run(
@@ -53,6 +68,7 @@ def run(
     model = load_model(spec.model, folder, trust_remote_code=spec.trust_remote_code)
 
     events.write("message", f"tokenizing {len(data.train)} pairs")
+    precompute = precompute_pays(spec, rows=len(data.train))
     trainer = CountingDPOTrainer(
         model=model,
         args=DPOConfig(
@@ -66,7 +82,7 @@ def run(
             ld_alpha=options.dpo.ld_alpha,
             discopop_tau=options.dpo.discopop_tau,
             use_weighting=options.dpo.use_weighting,
-            precompute_ref_log_probs=options.dpo.precompute_ref_log_probs,
+            precompute_ref_log_probs=precompute,
             # TRL's disable_dropout also turns the adapter's dropout off, so it is left out when that is wanted.
             disable_dropout=options.tuning == "full" or options.lora.dropout == 0,
         ),
@@ -74,11 +90,35 @@ def run(
         eval_dataset=data.evaluation,
         processing_class=tokenizer,
         peft_config=lora_config(options.lora, model) if options.tuning == "lora" else None,
+        pack=options.dpo.packing,
+        max_row_tokens=row_tokens(spec, device, precision),
+        row_multiple=CUDA_ROW_MULTIPLE if device.kind == "cuda" else 1,
+        reference_cache=ReferenceCache(Path(spec.reference_cache)) if spec.reference_cache is not None else None,
     )
+    report_packing(trainer, events)
     report_lengths(trainer.train_dataset, len(data.train), options.max_length, "training_file", events)
     if data.evaluation is not None:
         report_lengths(trainer.eval_dataset, len(data.evaluation), options.max_length, "validation_file", events)
     return train(trainer, spec, run, events, stop)
+
+
+def report_packing(trainer: PackedDPOTrainer, events: EventWriter) -> None:
+    """Say whether batches are packed, and why not."""
+    if trainer.fallback is not None:
+        events.write("message", f"batches are padded, as by TRL: {trainer.fallback}", packing=False)
+    else:
+        checked = ""
+        if trainer.check is not None:
+            checked = (
+                f"; checked on {trainer.check.pairs} pairs in {trainer.check.seconds:.1f} s: a token's "
+                f"log-probability differs from TRL's by at most {trainer.check.difference:.1g}"
+            )
+        tokens = trainer.max_row_tokens
+        events.write("message", f"batches are packed, {tokens} tokens at a time{checked}", packing=True)
+    for name in trainer.reference_reused:
+        events.write(
+            "message", f"the reference model's log-probabilities of the {name} data are those of an earlier job"
+        )
 
 
 def report_lengths(dataset: Dataset, given: int, max_length: int, param: str, events: EventWriter) -> None:

@@ -104,15 +104,18 @@ def estimate(
     options = spec.options
     trained = shape.trained_parameters(options)
     adapter = trained if options.tuning == "lora" else 0
-    needs_reference = spec.method in ("dpo", "kto") and options.tuning == "full"
-    scored_before = options.kto if spec.method == "kto" else options.dpo
+    keeps_reference = options.tuning == "full" and (
+        # Unless the user asks for it, DPO keeps no second model: its scores are computed before training.
+        (spec.method == "dpo" and options.dpo.precompute_ref_log_probs is False)
+        or (spec.method == "kto" and not options.kto.precompute_ref_log_probs)
+    )
     activations = None
     if batch is not None and shape.architecture is not None:
         activations = activation_bytes(spec, shape.architecture, precision, device, batch)
     casts = 0 if precision == "fp32" else 2 * shape.layer_parameters
     return MemoryEstimate(
         weights=_WEIGHT * (shape.parameters + adapter) + casts,
-        reference=_WEIGHT * shape.parameters if needs_reference and not scored_before.precompute_ref_log_probs else 0,
+        reference=_WEIGHT * shape.parameters if keeps_reference else 0,
         gradients=_GRADIENT * trained,
         optimizer=MOMENTS[options.optimizer.name] * trained,
         activations=activations,

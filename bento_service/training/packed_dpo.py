@@ -25,6 +25,7 @@ from trl.trainer.utils import FusedCausalLMOutput
 
 from bento_service.training import packed_attention
 from bento_service.training.packing import PackedBatch, PackedCollator, PackedRow, select_pairs
+from bento_service.training.reference import ReferenceCache, reference_key
 
 # Losses that are no mean over pairs: they need the whole batch's log-probabilities before the first gradient.
 COUPLED_LOSSES = {"aot", "aot_unpaired", "sft"}
@@ -58,6 +59,7 @@ class PackedDPOTrainer(DPOTrainer):
         max_row_tokens: tokens of a row; a longer pair has a row of its own.
         row_multiple: rows are filled up to a multiple of so many tokens, for kernels that are compiled by shape.
         pack: False trains as TRL does.
+        reference_cache: where precomputed log-probabilities of the reference are kept for other runs.
     """
 
     data_collator: DataCollatorForPreference
@@ -66,16 +68,25 @@ class PackedDPOTrainer(DPOTrainer):
     _total_train_tokens: int
 
     fallback: str | None  # why batches are not packed; None when they are
+    reference_reused: list[str]  # the datasets, "train" or "eval", whose reference scores another run left
     check: PackingCheck | None  # None when there was nothing to check or no way to
 
     def __init__(
-        self, *args: Any, max_row_tokens: int, row_multiple: int = 1, pack: bool = True, **kwargs: Any
+        self,
+        *args: Any,
+        max_row_tokens: int,
+        row_multiple: int = 1,
+        pack: bool = True,
+        reference_cache: ReferenceCache | None = None,
+        **kwargs: Any,
     ) -> None:
-        self._max_row_tokens = max_row_tokens
+        self._reference_cache = reference_cache
+        self.max_row_tokens = max_row_tokens
         self._row_multiple = row_multiple
         self._packed: dict[nn.Module, str] = {}  # models with packed attention, and the attention they had
         self.fallback = None if pack else "it is switched off"
         self.check = None
+        self.reference_reused = []
         super().__init__(*args, **kwargs)
         self._stock_collator: DataCollatorForPreference = self.data_collator
         self.pack()
@@ -93,7 +104,7 @@ class PackedDPOTrainer(DPOTrainer):
             take_packed_batches(base)
         self._stock_collator = self.data_collator
         self.data_collator = PackedCollator(
-            **vars(self._stock_collator), max_tokens=self._max_row_tokens, multiple_of=self._row_multiple
+            **vars(self._stock_collator), max_tokens=self.max_row_tokens, multiple_of=self._row_multiple
         )
         self._set_attention(packed=True)
         if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):  # these have no whole model before training
@@ -156,7 +167,24 @@ class PackedDPOTrainer(DPOTrainer):
 
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
         self.pack()  # TRL computes these at the end of its own __init__
-        return super()._precompute_ref_logps(dataset, name, batch_size)
+        if self._reference_cache is None or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return super()._precompute_ref_logps(dataset, name, batch_size)
+        key = reference_key(
+            self.ref_model or self.model,
+            dataset,
+            max_length=self.args.max_length,
+            truncation_mode=self.args.truncation_mode,
+            ld_alpha=self.ld_alpha,
+            precision=self.accelerator.mixed_precision,
+        )
+        known = self._reference_cache.add(dataset, key)
+        if known is not None:
+            self.reference_reused.append(name)
+            return known
+        scored = super()._precompute_ref_logps(dataset, name, batch_size)
+        if self.accelerator.is_main_process:
+            self._reference_cache.keep(scored, key)
+        return scored
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool) -> Any:
         packed: PackedBatch | None = inputs.get("packed")

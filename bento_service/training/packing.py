@@ -70,8 +70,14 @@ class PackedBatch:
         return PackedBatch([row.to(device, non_blocking) for row in self.rows])
 
     @property
-    def computed_tokens(self) -> int:
+    def tokens(self) -> int:
+        """Tokens that are computed, padding included."""
         return sum(row.tokens for row in self.rows)
+
+    @property
+    def padding(self) -> int:
+        """Tokens that fill rows up."""
+        return sum(tree.tokens for row in self.rows for tree in row.trees[len(row.pairs) :])
 
 
 @dataclass

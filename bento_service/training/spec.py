@@ -118,8 +118,17 @@ class DpoOptions(Options):
     )
     discopop_tau: float = Field(default=0.05, gt=0, description="Temperature of the discopop loss.")
     use_weighting: bool = Field(default=False, description="Weight pairs by policy probability (WPO).")
-    precompute_ref_log_probs: bool = Field(
-        default=False, description="Score the data with the reference model once, before training."
+    precompute_ref_log_probs: bool | None = Field(
+        default=None,
+        description="Score the data with the reference model once, before training. Default: where that pays, in full "
+        "fine-tuning from one epoch on, with LoRA from two.",
+    )
+    packing: bool = Field(
+        default=True,
+        description="Compute each pair once, without padding, where the model allows it: the same numbers, faster.",
+    )
+    max_row_tokens: int | None = Field(
+        default=None, ge=1, description="Tokens computed at a time when packing. Default: as memory allows."
     )
 
     @model_validator(mode="after")
@@ -301,6 +310,9 @@ class TrainingSpec(BaseModel):
     model_path: str | None = Field(description="Local folder of the base model; None: load it from the hub by name.")
     training_file: str = Field(description="Path of the training data.")
     validation_file: str | None
+    reference_cache: str | None = Field(
+        default=None, description="Folder of reference log-probabilities that jobs share; None: they are not kept."
+    )
     seed: int = Field(ge=0, lt=2**32)
     beta: float | None = Field(gt=0, description="None for a method that has none.")
     batch_size: int = Field(ge=1, description="Rows per forward pass.")

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer
 
 from bento_service.training.packed_dpo import PackedDPOTrainer
+from bento_service.training.reference import ReferenceCache
 
 WORDS = [
     "what",
@@ -57,6 +58,7 @@ def make_trainer(
     tuning: Tuning = "full",
     max_row_tokens: int = 150,
     row_multiple: int = 1,
+    reference_cache: ReferenceCache | None = None,
     **settings: Any,
 ) -> DPOTrainer:
     """A trainer in float32 on the CPU; ``settings`` go to DPOConfig."""
@@ -72,7 +74,9 @@ def make_trainer(
     }
     lora = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", use_dora=tuning == "dora")
     kind = PackedDPOTrainer if packed else DPOTrainer
-    own = {"max_row_tokens": max_row_tokens, "row_multiple": row_multiple} if packed else {}
+    own: dict[str, Any] = {}
+    if packed:
+        own = {"max_row_tokens": max_row_tokens, "row_multiple": row_multiple, "reference_cache": reference_cache}
     trainer = kind(
         model=AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
         args=DPOConfig(
