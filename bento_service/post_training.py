@@ -119,9 +119,10 @@ class TrlPostTrainingImpl:
         limit: int = 20,
         purpose: str | None = None,
         order: Literal["asc", "desc"] = "desc",
+        sha256: str | None = None,
     ) -> Page[StoredFile]:
         """By age, from the one after ``after``. Raises NotFound for an unknown ``after``."""
-        return self._store.list_files(after=after, limit=limit, purpose=purpose, order=order)
+        return self._store.list_files(after=after, limit=limit, purpose=purpose, order=order, sha256=sha256)
 
     def delete_file(self, file_id: str) -> None:
         """Raises NotFound, and Conflict while a job that has not ended uses the file."""

@@ -4,6 +4,7 @@ Jobs stay queued until a test changes them. Rows need ``chosen`` and ``rejected`
 unknown.
 """
 
+import hashlib
 import json
 import threading
 import time
@@ -13,7 +14,7 @@ from typing import Any
 
 import uvicorn
 from fastapi import FastAPI, Request, UploadFile
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, Response
 
 
 class FakeTrainingService:
@@ -25,6 +26,10 @@ class FakeTrainingService:
         self.bodies: dict[str, dict[str, Any]] = {}  # create bodies by job id
         self.checkpoints: dict[str, list[dict[str, Any]]] = {}
         self.deleted: list[str] = []
+        self.imported: list[str] = []  # URLs; none is allowed unless ``importable`` has it
+        self.importable: dict[str, bytes] = {}
+        self.table = b""  # what GET /table.csv answers: a table somewhere on the web
+        self.headers: list[dict[str, str]] = []  # of each request
         self._api_key = api_key
         self._device = device
         self._uploads = 0
@@ -55,7 +60,12 @@ class FakeTrainingService:
 
         @app.middleware("http")
         async def guard(request: Request, call_next: Any) -> Any:
-            if self._api_key and request.headers.get("Authorization") != f"Bearer {self._api_key}":
+            self.headers.append(dict(request.headers))
+            if (
+                self._api_key
+                and request.url.path != "/table.csv"
+                and request.headers.get("Authorization") != f"Bearer {self._api_key}"
+            ):
                 return _error(401, "Incorrect API key provided", code="invalid_api_key")
             return await call_next(request)
 
@@ -63,21 +73,27 @@ class FakeTrainingService:
         def health() -> Any:
             return {"status": "healthy", "service": "trl-training-service", "device": self._device}
 
+        @app.get("/table.csv")
+        def table() -> Any:
+            return Response(self.table, media_type="text/csv")
+
         @app.post("/v1/files")
         def upload(file: UploadFile) -> Any:
-            content = file.file.read()
-            self._uploads += 1
-            file_id = f"file-{self._uploads:024x}"
-            self.files[file_id] = content
-            return {
-                "id": file_id,
-                "object": "file",
-                "bytes": len(content),
-                "created_at": int(time.time()),
-                "filename": file.filename,
-                "purpose": "fine-tune",
-                "status": "processed",
-            }
+            return self._store(file.file.read())
+
+        @app.post("/v1/files/import")
+        def import_url(body: dict[str, Any]) -> Any:
+            self.imported.append(body["url"])
+            if body["url"] not in self.importable:
+                return _error(
+                    403, f"{body['url']} is not among the URLs that this service imports", code="import_refused"
+                )
+            return self._store(self.importable[body["url"]])
+
+        @app.get("/v1/files")
+        def list_files(sha256: str | None = None, limit: int = 20) -> Any:
+            files = [self._file(file_id) for file_id in reversed(self.files)]
+            return _page([file for file in files if sha256 in (None, file["trl"]["sha256"])], None, limit)
 
         @app.delete("/v1/files/{file_id}")
         def delete(file_id: str) -> Any:
@@ -97,10 +113,12 @@ class FakeTrainingService:
                     return _error(409, f"client_id {client_id} is taken", code="client_id_conflict")
             if body["model"].startswith("missing/"):
                 return _error(400, f"Model {body['model']} was not found", param="model", code="model_not_found")
-            for number, line in enumerate(self.files[body["training_file"]].splitlines(), 1):
-                if missing := {"chosen", "rejected"} - json.loads(line).keys():
-                    message = f"1 bad row: row {number}: {missing.pop()} is missing"
-                    return _error(400, message, param="training_file", code="invalid_dataset")
+            if body["training_file"] not in self.files:
+                return _error(400, f"There is no file {body['training_file']}", param="training_file")
+            if body["method"]["type"] == "dpo" and (problems := _problems(self.files[body["training_file"]])):
+                return _error(
+                    400, f"{len(problems)} bad rows", param="training_file", code="invalid_dataset", problems=problems
+                )
             job_id = f"ftjob-{len(self.jobs) + 1:024x}"
             self.bodies[job_id] = body
             self.jobs[job_id] = new_job(job_id, body)
@@ -128,6 +146,25 @@ class FakeTrainingService:
             return _page(list(reversed(self.checkpoints.get(job_id, []))), after, limit)
 
         return app
+
+    def _store(self, content: bytes) -> dict[str, Any]:
+        self._uploads += 1
+        file_id = f"file-{self._uploads:024x}"
+        self.files[file_id] = content
+        return self._file(file_id)
+
+    def _file(self, file_id: str) -> dict[str, Any]:
+        content = self.files[file_id]
+        return {
+            "id": file_id,
+            "object": "file",
+            "bytes": len(content),
+            "created_at": 1_700_000_000,
+            "filename": "data",
+            "purpose": "fine-tune",
+            "status": "processed",
+            "trl": {"sha256": hashlib.sha256(content).hexdigest()},
+        }
 
     @contextmanager
     def serve(self) -> Iterator[str]:
@@ -187,6 +224,17 @@ def _page(items: list[dict[str, Any]], after: str | None, limit: int) -> dict[st
     return {"object": "list", "data": items[start : start + limit], "has_more": start + limit < len(items)}
 
 
-def _error(status: int, message: str, param: str | None = None, code: str | None = None) -> JSONResponse:
-    error = {"message": message, "type": "invalid_request_error", "param": param, "code": code}
+def _problems(content: bytes) -> list[dict[str, Any]]:
+    """Of JSON Lines; anything else passes."""
+    if not content.startswith(b"{"):
+        return []
+    return [
+        {"row": number, "field": missing, "code": "missing", "message": "is missing", "value": None}
+        for number, line in enumerate(content.splitlines(), 1)
+        for missing in sorted({"chosen", "rejected"} - json.loads(line).keys())
+    ]
+
+
+def _error(status: int, message: str, param: str | None = None, code: str | None = None, **more: Any) -> JSONResponse:
+    error = {"message": message, "type": "invalid_request_error", "param": param, "code": code, **more}
     return JSONResponse({"error": error}, status_code=status)

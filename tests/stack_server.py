@@ -6,7 +6,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +14,7 @@ from pathlib import Path
 import httpx
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+SERVE = ("-m", "llama_stack.cli.llama", "stack", "run", "{config}", "--port", "{port}")  # 0.3 and later
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,11 @@ def stack_server(
     config: Path = REPOSITORY / "run_remote.yaml",
     environment: dict[str, str] | None = None,
     start_seconds: float = 120,
+    python: str = sys.executable,
+    serve: Sequence[str] = SERVE,
 ) -> Iterator[StackServer]:
     """Llama Stack with ``config``, its adapter pointed at ``service_url``; all its state lies under ``home``.
+    ``serve`` is what follows ``python`` on the command line, with {config} and {port} in it.
 
     The working directory is the repository, as for a user who types ``llama stack run run_remote.yaml`` there.
     Raises RuntimeError with the server's log when it ends early or is not healthy within ``start_seconds``.
@@ -43,11 +47,14 @@ def stack_server(
     home.mkdir(parents=True, exist_ok=True)
     port = free_port()
     # What the caller's shell has set for its own servers must not reach this one.
-    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("TRL_", "LLAMA_STACK_", "SQLITE_STORE_"))}
+    theirs = ("TRL_", "LLAMA_STACK_", "OGX_", "SQLITE_STORE_")
+    if python != sys.executable:
+        theirs = (*theirs, "PYTHONPATH", "VIRTUAL_ENV")  # another environment has the adapter of its own
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(theirs)}
     log_file = home / "stack.log"
     with log_file.open("wb") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "llama_stack.cli.llama", "stack", "run", str(config), "--port", str(port)],
+            [python, *(part.format(config=config, port=port) for part in serve)],
             cwd=REPOSITORY,
             env={
                 **inherited,

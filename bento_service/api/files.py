@@ -87,9 +87,13 @@ def list_files(
     purpose: Annotated[
         str | None, Query(max_length=64, pattern=NO_NUL, description="Only files of this purpose.")
     ] = None,
+    sha256: Annotated[
+        str | None,
+        Query(pattern="^[0-9a-f]{64}$", description="Only files with these bytes: they need no second upload."),
+    ] = None,
 ) -> ListOf[FileObject]:
     """Data files, and the metrics of jobs that have succeeded, whose purpose is fine-tune-results."""
-    page = impl.list_files(after=after, limit=limit, purpose=purpose, order=order)
+    page = impl.list_files(after=after, limit=limit, purpose=purpose, order=order, sha256=sha256)
     return page_of(page, [FileObject.of(file) for file in page.data])
 
 

@@ -102,6 +102,7 @@ class Store:
         limit: int = 20,
         purpose: str | None = None,
         order: Literal["asc", "desc"] = "desc",
+        sha256: str | None = None,
     ) -> Page[StoredFile]:
         """Newest first, or with ``order`` "asc" oldest first."""
         number = files.c.number
@@ -109,6 +110,8 @@ class Store:
             query = sa.select(files).order_by(number.desc() if order == "desc" else number)
             if purpose is not None:
                 query = query.where(files.c.purpose == purpose)
+            if sha256 is not None:
+                query = query.where(files.c.sha256 == sha256)
             if after is not None:
                 last = _file_row(connection, after)["number"]
                 query = query.where(number < last if order == "desc" else number > last)

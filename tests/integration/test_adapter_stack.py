@@ -151,19 +151,17 @@ def test_a_job_uuid_that_is_taken(stack: Stack, service: FakeTrainingService, da
 
 def test_a_local_jsonl_file(stack: Stack, service: FakeTrainingService, tmp_path: Path) -> None:
     file = tmp_path / "pairs.jsonl"
-    file.write_bytes(b'{"chosen": "a", "rejected": "b"}\r\n\n{"chosen": "c", "rejected": "d"}')
+    file.write_bytes(b'{"chosen": "a", "rejected": "b"}\r\n{"chosen": "c", "rejected": "d"}')
     response = stack.optimize(stack.register({"type": "uri", "uri": file.as_uri()}))
     assert response.status_code == 200, response.text
     body = list(service.bodies.values())[-1]
-    assert service.files[body["training_file"]] == (
-        b'{"chosen": "a", "rejected": "b"}\n{"chosen": "c", "rejected": "d"}\n'
-    )
+    assert service.files[body["training_file"]] == file.read_bytes()
 
 
-def test_a_csv_file(stack: Stack, service: FakeTrainingService, tmp_path: Path) -> None:
-    file = tmp_path / "pairs.csv"
-    file.write_text("prompt,chosen,rejected,weight\nhi,hello,no,3\nbye,see you,no,\n")
-    response = stack.optimize(stack.register({"type": "uri", "uri": str(file)}))
+def test_a_table_that_the_stack_reads(stack: Stack, service: FakeTrainingService) -> None:
+    service.table = b"prompt,chosen,rejected,weight\nhi,hello,no,3\nbye,see you,no,\n"
+    with service.serve() as url:
+        response = stack.optimize(stack.register({"type": "uri", "uri": f"{url}/table.csv"}))
     assert response.status_code == 200, response.text
     body = list(service.bodies.values())[-1]
     assert service.files[body["training_file"]].decode().splitlines() == [
@@ -179,7 +177,7 @@ def test_bad_rows_are_answered_with_the_service_s_words_and_leave_no_file(
     dataset = stack.register({"type": "rows", "rows": [ROWS[0], {"prompt": "x", "chosen": "y"}]})
     response = stack.optimize(dataset)
     assert response.status_code == 400
-    assert "row 2: rejected is missing" in message(response)
+    assert "row 2, rejected is missing" in message(response)
     assert len(service.files) == files
 
 
@@ -205,7 +203,7 @@ def test_an_unknown_dataset(stack: Stack) -> None:
 
 
 @pytest.mark.parametrize(
-    "uri", ["lsfs://pairs.jsonl", "data:application/json,[]", "/no/such/file.jsonl", "/no/such.csv"]
+    "uri", ["lsfs://pairs.jsonl", "data:;base64,?", "/no/such/file.jsonl", "https://host.invalid/pairs.jsonl"]
 )
 def test_a_uri_that_cannot_be_read(stack: Stack, uri: str) -> None:
     dataset = stack.register({"type": "uri", "uri": uri})
@@ -229,18 +227,6 @@ def test_what_is_refused_before_anything_is_sent(stack: Stack, service: FakeTrai
     assert response.status_code == 400
     assert "sigmoid, hinge, ipo" in message(response)
     assert len(service.files) == files
-
-
-def test_supervised_fine_tuning_is_not_there_yet(stack: Stack) -> None:
-    body = {
-        "job_uuid": "sft",
-        "training_config": {"n_epochs": 1},
-        "hyperparam_search_config": {},
-        "logger_config": {},
-    }
-    response = stack.http.post("/v1alpha/post-training/supervised-fine-tune", json=body)
-    assert response.status_code == 501
-    assert "preference-optimize" in message(response)
 
 
 def test_a_refusal_keeps_the_connection(stack: Stack, dataset: str) -> None:

@@ -10,7 +10,14 @@ __all__ = ["TrlRemoteConfig", "get_adapter_impl", "get_provider_spec"]
 
 async def get_adapter_impl(config: TrlRemoteConfig, deps: dict[Any, Any]) -> Any:
     """What Llama Stack calls to make the provider. The service need not be up: it is first asked by a request."""
-    from . import compat
+    from . import compat, routes
     from .adapter import TrlRemoteAdapter
+    from .errors import AdapterError
+    from .provider_methods import KeywordMethods, RequestMethods
 
-    return TrlRemoteAdapter(config, datasets=deps[compat.Api.datasets], datasetio=deps[compat.Api.datasetio])
+    compat.answer_errors(AdapterError)
+    if config.job_routes == "both":
+        compat.serve_routes(routes.create_router)
+    apis = compat.dependencies(deps)
+    adapter = TrlRemoteAdapter(config, datasets=apis.get("datasets"), datasetio=apis.get("datasetio"))
+    return RequestMethods(adapter) if compat.takes_requests() else KeywordMethods(adapter)

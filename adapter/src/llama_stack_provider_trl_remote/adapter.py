@@ -7,6 +7,7 @@ import asyncio
 import logging
 import re
 from contextlib import AsyncExitStack
+from dataclasses import dataclass
 from typing import Any
 
 import httpx
@@ -14,10 +15,20 @@ import httpx
 from . import compat
 from .client import TrainingServiceClient
 from .config import TrlRemoteConfig
-from .errors import AdapterError, Conflict, NotFound, NotSupported, RequestRefused, ServiceUnavailable
-from .request import FINGERPRINT, JobPlan, plan_dpo
-from .rows import DatasetFile, local_jsonl, spooled
+from .errors import AdapterError, Conflict, NotFound, RequestRefused, ServiceUnavailable
+from .protocol import (
+    JobRequest,
+    ListPostTrainingJobsResponse,
+    PostTrainingJob,
+    PostTrainingJobArtifactsResponse,
+    PostTrainingJobStatusResponse,
+    PreferenceOptimizeRequest,
+    SupervisedFineTuneRequest,
+)
+from .request import FINGERPRINT, JobPlan, plan_dpo, plan_sft
+from .rows import DatasetFile, spooled
 from .service import Job
+from .sources import Remote, ServiceFile, Source, Table, refused, source_of
 from .status import checkpoint_of, job_status
 
 logger = logging.getLogger(__name__)
@@ -25,18 +36,28 @@ logger = logging.getLogger(__name__)
 SERVICE_JOB_ID = re.compile(r"ftjob-[A-Za-z0-9_-]+")
 
 
-class TrlRemoteAdapter:
-    """Provider ``remote::trl_remote``. ``datasets`` and ``datasetio`` are the stack's implementations of these APIs.
+@dataclass(frozen=True)
+class _Data:
+    """A dataset on its way: ``identity`` says which data it is, in the fingerprint of a request."""
 
-    Methods raise the errors of ``errors``, and the stack's own where a dataset is unknown or not allowed.
+    dataset_id: str
+    identity: str
+    content: DatasetFile | ServiceFile | Remote
+
+
+class TrlRemoteAdapter:
+    """Provider ``remote::trl_remote``. ``datasets`` and ``datasetio`` are the stack's implementations of these APIs;
+    None where the stack has them not.
+
+    Methods raise the errors of ``errors``, and the stack's own where a dataset is not allowed to the caller.
     """
 
     def __init__(
         self,
         config: TrlRemoteConfig,
         *,
-        datasets: Any,
-        datasetio: Any,
+        datasets: Any | None,
+        datasetio: Any | None,
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
         self.config = config
@@ -44,53 +65,42 @@ class TrlRemoteAdapter:
         self._datasets = datasets
         self._datasetio = datasetio
 
-    async def initialize(self) -> None:
-        """Nothing: the stack starts whether or not the service is up."""
-
-    async def shutdown(self) -> None:
+    async def close(self) -> None:
         await self.client.close()
 
-    async def supervised_fine_tune(self, request: compat.SupervisedFineTuneRequest) -> compat.PostTrainingJob:
-        raise NotSupported(
-            "remote::trl_remote trains by preference-optimize (DPO); supervised fine-tuning comes with a later release"
-        )
-
-    async def preference_optimize(self, request: compat.PreferenceOptimizeRequest) -> compat.PostTrainingJob:
-        """Submit a DPO job. The same request under the same job_uuid is the same job, another one a conflict."""
-        plan = plan_dpo(request, self.config)
-        limit = self.config.timeouts.submit_seconds
+    async def health(self) -> dict[str, str]:
+        """In Llama Stack's words: ``status`` OK or Error, and a ``message``."""
         try:
-            async with asyncio.timeout(limit):
-                job = await self._submit(plan)
-        except TimeoutError as error:
-            raise ServiceUnavailable(
-                f"Submitting job '{plan.job_uuid}' to the training service at {self.client.base_url} took longer than "
-                f"{limit:g} s: repeat the same request (that never makes a second job), or raise the provider's "
-                "timeouts.submit_seconds"
-            ) from error
-        return compat.PostTrainingJob(job_uuid=job.job_uuid)
+            found = await self.client.health(quickly=True)
+        except AdapterError as error:
+            return {"status": "Error", "message": str(error)}
+        return {"status": "OK", "message": f"{self.client.base_url} trains on {found.device or 'an unknown device'}"}
 
-    async def get_training_jobs(self) -> compat.ListPostTrainingJobsResponse:
+    async def supervised_fine_tune(self, request: SupervisedFineTuneRequest) -> PostTrainingJob:
+        """Submit a supervised job; repeats as in ``preference_optimize``."""
+        return await self._submitted(plan_sft(request, self.config))
+
+    async def preference_optimize(self, request: PreferenceOptimizeRequest) -> PostTrainingJob:
+        """Submit a DPO job. The same request under the same job_uuid is the same job, another one a conflict."""
+        return await self._submitted(plan_dpo(request, self.config))
+
+    async def get_training_jobs(self) -> ListPostTrainingJobsResponse:
         """Every job of the service, newest first, whoever submitted it."""
-        jobs = [compat.PostTrainingJob(job_uuid=job.job_uuid) async for job in self.client.jobs()]
-        return compat.ListPostTrainingJobsResponse(data=jobs)
+        jobs = [PostTrainingJob(job_uuid=job.job_uuid) async for job in self.client.jobs()]
+        return ListPostTrainingJobsResponse(data=jobs)
 
-    async def get_training_job_status(
-        self, request: compat.GetTrainingJobStatusRequest
-    ) -> compat.PostTrainingJobStatusResponse:
+    async def get_training_job_status(self, request: JobRequest) -> PostTrainingJobStatusResponse:
         job = await self._job(request.job_uuid)
         return job_status(job, await self.client.checkpoints(job.id), self.client.base_url)
 
-    async def cancel_training_job(self, request: compat.CancelTrainingJobRequest) -> None:
+    async def cancel_training_job(self, request: JobRequest) -> None:
         job = await self._job(request.job_uuid)
         await self.client.cancel_job(job.id)
 
-    async def get_training_job_artifacts(
-        self, request: compat.GetTrainingJobArtifactsRequest
-    ) -> compat.PostTrainingJobArtifactsResponse:
+    async def get_training_job_artifacts(self, request: JobRequest) -> PostTrainingJobArtifactsResponse:
         job = await self._job(request.job_uuid)
         checkpoints = [checkpoint_of(job, checkpoint) for checkpoint in await self.client.checkpoints(job.id)]
-        return compat.PostTrainingJobArtifactsResponse(job_uuid=job.job_uuid, checkpoints=checkpoints)
+        return PostTrainingJobArtifactsResponse(job_uuid=job.job_uuid, checkpoints=checkpoints)
 
     async def _job(self, job_uuid: str) -> Job:
         """The job with this client id, or with this id of the service's own. Raises NotFound."""
@@ -104,27 +114,52 @@ class TrlRemoteAdapter:
             )
         return job
 
+    async def _submitted(self, plan: JobPlan) -> PostTrainingJob:
+        limit = self.config.timeouts.submit_seconds
+        try:
+            async with asyncio.timeout(limit):
+                job = await self._submit(plan)
+        except TimeoutError as error:
+            raise ServiceUnavailable(
+                f"Submitting job '{plan.job_uuid}' to the training service at {self.client.base_url} took longer than "
+                f"{limit:g} s: repeat the same request (that never makes a second job), or raise the provider's "
+                "timeouts.submit_seconds"
+            ) from error
+        return PostTrainingJob(job_uuid=job.job_uuid)
+
     async def _submit(self, plan: JobPlan) -> Job:
         """What can be refused is refused first: nothing is read before it, nothing uploaded before the rows."""
-        training = await self._dataset(plan.dataset_id)
-        validation = await self._dataset(plan.validation_dataset_id) if plan.validation_dataset_id else None
+        training = await self._source(plan.dataset_id)
+        validation = await self._source(plan.validation_dataset_id) if plan.validation_dataset_id else None
         existing = await self.client.find_job(plan.job_uuid)
         await self._check_device()
         async with AsyncExitStack() as files:
-            page_rows = self.config.page_rows
-            training_file = await files.enter_async_context(spooled(training, self._datasetio, page_rows))
-            validation_file = None
-            if validation is not None:
-                validation_file = await files.enter_async_context(spooled(validation, self._datasetio, page_rows))
-            fingerprint = plan.fingerprint(training_file.sha256, validation_file.sha256 if validation_file else None)
+            data = [await self._data(files, plan.dataset_id, training)]
+            if validation is not None and plan.validation_dataset_id is not None:
+                data.append(await self._data(files, plan.validation_dataset_id, validation))
+            fingerprint = plan.fingerprint(data[0].identity, data[1].identity if validation else None)
             if existing is not None:
                 return self._same_request(plan, fingerprint, existing)
-            return await self._create(plan, fingerprint, training_file, validation_file)
+            return await self._create(plan, fingerprint, data)
 
-    async def _dataset(self, dataset_id: str) -> Any:
-        dataset = await compat.get_dataset(self._datasets, dataset_id)
-        local_jsonl(dataset)  # refuses a URI that nobody here can read
-        return dataset
+    async def _source(self, dataset_id: str) -> Source:
+        dataset = None if self._datasets is None else await compat.get_dataset(self._datasets, dataset_id)
+        tables = self._datasetio is not None
+        return source_of(dataset_id, dataset, tables=tables, folders=self.config.local_folders)
+
+    async def _data(self, files: AsyncExitStack, dataset_id: str, source: Source) -> _Data:
+        """The source's content; ``files`` closes it."""
+        if isinstance(source, ServiceFile):
+            return _Data(dataset_id, source.file_id, source)
+        if isinstance(source, Remote):
+            return _Data(dataset_id, source.uri, source)
+        try:
+            file = await files.enter_async_context(spooled(dataset_id, source, self._datasetio, self.config.page_rows))
+        except RequestRefused:
+            if isinstance(source, Table) and source.importable:
+                return _Data(dataset_id, source.uri, Remote(source.uri))
+            raise
+        return _Data(dataset_id, file.sha256, file)
 
     async def _check_device(self) -> None:
         wanted = self.config.training_config.device
@@ -146,16 +181,12 @@ class TrlRemoteAdapter:
             f"service at {self.client.base_url}, and that was another request: use a new job_uuid"
         )
 
-    async def _create(
-        self, plan: JobPlan, fingerprint: str, training: DatasetFile, validation: DatasetFile | None
-    ) -> Job:
-        """Upload and create. The uploads are taken back when no job comes of them."""
+    async def _create(self, plan: JobPlan, fingerprint: str, data: list[_Data]) -> Job:
+        """Hand the data over and create the job. What was uploaded is taken back when no job comes of it."""
         uploaded: list[str] = []
         try:
-            for data in (training, validation):
-                if data is not None:
-                    uploaded.append(await self.client.upload(data.file, f"{data.dataset_id}.jsonl"))
-            body = plan.create_body(uploaded[0], uploaded[1] if validation else None, fingerprint)
+            file_ids = [await self._file_id(each, uploaded) for each in data]
+            body = plan.create_body(file_ids[0], file_ids[1] if len(file_ids) > 1 else None, fingerprint)
             return await self.client.create_job(body)
         except Conflict:
             # The same request may have come twice at once, and the other one was first.
@@ -169,6 +200,25 @@ class TrlRemoteAdapter:
             # service keeps the files, since a job uses them.
             await self._discard(uploaded)
             raise
+
+    async def _file_id(self, data: _Data, uploaded: list[str]) -> str:
+        """The data as a file at the service, sent only if the service has not got it. Adds to ``uploaded``."""
+        match data.content:
+            case ServiceFile():
+                return data.content.file_id
+            case Remote():
+                try:
+                    file_id = await self.client.import_file(data.content.uri)
+                except RequestRefused as error:
+                    why = f": Llama Stack does not read it, and {str(error)[0].lower()}{str(error)[1:]}"
+                    raise refused(data.dataset_id, data.content.uri, why) from error
+            case DatasetFile():
+                stored = await self.client.find_file(data.content.sha256)
+                if stored is not None:
+                    return stored
+                file_id = await self.client.upload(data.content.file, data.content.name)
+        uploaded.append(file_id)
+        return file_id
 
     async def _discard(self, file_ids: list[str]) -> None:
         for file_id in file_ids:

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable
+from importlib.metadata import version
 from typing import Any, BinaryIO, TypeVar
 from urllib.parse import quote
 
@@ -17,12 +18,16 @@ from tenacity import (
     wait_random,
 )
 
+from . import caller
 from .config import TrlRemoteConfig
 from .errors import Conflict, NotFound, RequestRefused, ServiceUnavailable
-from .service import Checkpoint, CheckpointPage, Health, Job, JobPage, ServiceObject, UploadedFile
+from .service import Checkpoint, CheckpointPage, FilePage, Health, Job, JobPage, ServiceObject, UploadedFile
 
 logger = logging.getLogger(__name__)
 
+PURPOSE = "fine-tune"
+USER_AGENT = f"llama-stack-provider-trl-remote/{version('llama-stack-provider-trl-remote')}"
+HEALTH_SECONDS = 0.8
 PAGE = 100  # objects asked for at once, the most the service gives
 TRANSIENT = frozenset({429, 502, 503, 504})
 # The request may not have arrived, or its answer got lost. A read or write that timed out is not among them: it has
@@ -70,8 +75,14 @@ class TrainingServiceClient:
             await self._http.aclose()
         self._http = None
 
-    async def health(self) -> Health:
-        return self._parse(Health, await self._send("GET", "/health", "ask for its health"))
+    async def health(self, *, quickly: bool = False) -> Health:
+        """``quickly``: one attempt, in less than the second that Llama Stack gives a provider's health."""
+        doing = "ask for its health"
+        if quickly:
+            response = await self._send("GET", "/health", doing, attempts=1, timeout=HEALTH_SECONDS)
+        else:
+            response = await self._send("GET", "/health", doing)
+        return self._parse(Health, response)
 
     async def upload(self, file: BinaryIO, filename: str) -> str:
         """Upload a file from its start, streamed. Returns its id."""
@@ -80,9 +91,26 @@ class TrainingServiceClient:
             "/v1/files",
             "store the dataset",
             rewind=file,
-            data={"purpose": "fine-tune"},
-            files={"file": (filename, file, "application/jsonl")},
+            data={"purpose": PURPOSE},
+            files={"file": (filename, file, "application/octet-stream")},
         )
+        return self._parse(UploadedFile, response).id
+
+    async def find_file(self, sha256: str) -> str | None:
+        """The id of a stored file with this content."""
+        params = {"purpose": PURPOSE, "sha256": sha256, "limit": 1}
+        page = self._parse(FilePage, await self._send("GET", "/v1/files", "look for the dataset", params=params))
+        # A service that does not know the parameter answers with its newest file, whatever it is.
+        return next((file.id for file in page.data if file.trl is not None and file.trl.sha256 == sha256), None)
+
+    async def import_file(self, url: str) -> str:
+        """Make the service fetch a URL, if its operator allows it. Returns the file's id."""
+        body = {"url": url, "purpose": PURPOSE}
+        response = await self._send(
+            "POST", "/v1/files/import", "import the dataset", accepts=(403, 404, 405), json=body
+        )
+        if not response.is_success:
+            raise RequestRefused(f"The training service at {self.base_url} refused to import it: {_reason(response)}")
         return self._parse(UploadedFile, response).id
 
     async def delete_file(self, file_id: str) -> None:
@@ -132,11 +160,21 @@ class TrainingServiceClient:
             params["after"] = cursor(page)
 
     async def _send(
-        self, method: str, path: str, doing: str, *, rewind: BinaryIO | None = None, **request: Any
+        self,
+        method: str,
+        path: str,
+        doing: str,
+        *,
+        attempts: int | None = None,
+        rewind: BinaryIO | None = None,
+        accepts: tuple[int, ...] = (),
+        **request: Any,
     ) -> httpx.Response:
-        """One request with its retries; returns a 2xx answer. ``doing`` completes "refused to ..."."""
+        """One request with its retries; returns a 2xx answer, or one of ``accepts``. ``doing`` completes "refused
+        to ..."."""
+        request["headers"] = self._headers()
         retries = AsyncRetrying(
-            stop=stop_after_attempt(self._config.retries.attempts),
+            stop=stop_after_attempt(attempts or self._config.retries.attempts),
             wait=self._wait,
             retry=retry_if_exception(lambda e: isinstance(e, (*BROKEN_CONNECTION, TransientAnswer))),
             reraise=True,
@@ -155,9 +193,15 @@ class TrainingServiceClient:
                 f"The training service at {self.base_url} cannot be reached ({error or type(error).__name__}): "
                 "start it, or correct the provider's base_url"
             ) from error
-        if not response.is_success:
+        if not response.is_success and response.status_code not in accepts:
             raise self._failure(response, doing)
         return response
+
+    def _headers(self) -> dict[str, str]:
+        """Of one request: the caller's key where it sent one, and the trace it belongs to."""
+        key = caller.api_key() or self._config.api_key
+        credentials = {} if key is None else {"Authorization": f"Bearer {key.get_secret_value()}"}
+        return {**caller.trace_headers(), **credentials}
 
     async def _send_once(
         self, method: str, path: str, rewind: BinaryIO | None, request: dict[str, Any]
@@ -175,11 +219,9 @@ class TrainingServiceClient:
         loop = asyncio.get_running_loop()
         if self._http is None or self._loop is not loop:
             timeouts = self._config.timeouts
-            headers = {"User-Agent": "llama-stack-provider-trl-remote"}
-            if self._config.api_key is not None:
-                headers["Authorization"] = f"Bearer {self._config.api_key.get_secret_value()}"
             self._http = httpx.AsyncClient(
-                headers=headers,
+                headers={"User-Agent": USER_AGENT},
+                verify=self._config.tls.context(),
                 timeout=httpx.Timeout(
                     timeouts.read_seconds, connect=timeouts.connect_seconds, write=timeouts.write_seconds
                 ),

@@ -1,123 +1,97 @@
-"""A registered dataset as one JSON Lines file, written page by page so that memory holds one page of it."""
+"""A dataset's content as one file to upload, made in memory that holds one page of rows."""
 
 import asyncio
 import hashlib
 import json
 import math
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
-from urllib.parse import unquote, urlsplit
 
 from . import compat
 from .errors import AdapterError, RequestRefused
+from .sources import Inline, LocalFile, Rows, Table
 
-# What localfs of Llama Stack reads by itself (llama_stack.providers.utils.datasetio.url_utils).
-TABLES = (".csv", ".xlsx")
-READABLE = "rows, .csv and .xlsx URIs, data: URIs with a text type, and .jsonl files on the stack's host"
+CHUNK = 1 << 20  # bytes hashed at once
 
 
 @dataclass(frozen=True)
 class DatasetFile:
-    """The spooled rows. ``file`` is open for reading and vanishes with the context that made it."""
+    """``file`` is open for reading and vanishes with the context that made it."""
 
-    dataset_id: str
+    name: str  # for the service's list of files
     file: BinaryIO
-    rows: int
     sha256: str  # of the file's bytes
 
 
 @asynccontextmanager
-async def spooled(dataset: Any, datasetio: Any, page_rows: int) -> AsyncIterator[DatasetFile]:
-    """The dataset's rows in a temporary file. The same rows give the same bytes.
+async def spooled(
+    dataset_id: str, source: Rows | LocalFile | Inline | Table, datasetio: Any, page_rows: int
+) -> AsyncIterator[DatasetFile]:
+    """The dataset's content as a file. The same rows give the same bytes.
 
     Raises RequestRefused for a dataset that is empty, that cannot be read, or that holds a value JSON cannot.
     """
-    dataset_id = dataset.identifier
+    if isinstance(source, LocalFile):
+        with _opened(dataset_id, source.path) as local:
+            sha256 = await asyncio.to_thread(_sha256, dataset_id, local)
+            yield DatasetFile(source.path.name, local, sha256)
+        return
     with tempfile.TemporaryFile(prefix="trl-remote-") as file:
-        spool = _Spool(dataset_id, file)
-        if (path := local_jsonl(dataset)) is not None:
-            await asyncio.to_thread(spool.copy, path)
-        else:
-            start, more = 0, True
-            while more:
-                page, more = await _read(datasetio, dataset_id, start, page_rows)
-                if more and not page:
-                    raise RequestRefused(
-                        f"Dataset '{dataset_id}': datasetio gave no rows from row {start} on but says there are more"
-                    )
-                await asyncio.to_thread(spool.append, page)
-                start += len(page)
-        if not spool.rows:
-            raise RequestRefused(f"Dataset '{dataset_id}' is empty: register it with at least one row")
-        yield DatasetFile(dataset_id, file, spool.rows, spool.digest.hexdigest())
+        name = f"{dataset_id}.jsonl"
+        match source:
+            case Inline():
+                file.write(source.content)
+                name = "inline-data"
+            case Rows():
+                await asyncio.to_thread(_append, dataset_id, file, source.rows, 0)
+            case Table():
+                start, more = 0, True
+                while more:
+                    page, more = await _read(datasetio, dataset_id, start, page_rows)
+                    if more and not page:
+                        raise RequestRefused(
+                            f"Dataset '{dataset_id}': datasetio gave no rows from row {start} on, and says it has more"
+                        )
+                    await asyncio.to_thread(_append, dataset_id, file, map(cleaned, page), start)
+                    start += len(page)
+        yield DatasetFile(name, file, await asyncio.to_thread(_sha256, dataset_id, file))
 
 
-def local_jsonl(dataset: Any) -> Path | None:
-    """The .jsonl file that the adapter itself reads; None where datasetio reads the dataset.
-
-    Raises RequestRefused for a URI that neither can read.
-    """
-    if dataset.source.type != "uri":
-        return None
-    uri = dataset.source.uri
-    if uri.startswith(("huggingface://", "data:text/")) or uri.endswith(TABLES):
-        return None
-    # No urlsplit for a plain path: '#' and '?' are part of a file's name.
-    if "://" not in uri and not uri.startswith("data:") and uri.endswith(".jsonl"):
-        return Path(uri).absolute()
-    parts = urlsplit(uri)
-    if parts.scheme == "file" and parts.netloc in ("", "localhost") and parts.path.endswith(".jsonl"):
-        return Path(unquote(parts.path))
-    shown = uri if len(uri) <= 100 else f"{uri[:100]}..."
-    raise RequestRefused(
-        f"Dataset '{dataset.identifier}': Llama Stack cannot read the URI {shown!r}. What works: {READABLE}"
-    )
+def _opened(dataset_id: str, path: Path) -> BinaryIO:
+    try:
+        # Only a regular file: opening a pipe or a device could wait for ever.
+        if not path.is_file():
+            raise RequestRefused(f"Dataset '{dataset_id}': there is no file {path} on the stack's host")
+        return path.open("rb")
+    except OSError as error:
+        raise RequestRefused(
+            f"Dataset '{dataset_id}': {path} cannot be read on the stack's host: {error.strerror}"
+        ) from error
 
 
-class _Spool:
-    """Counts and hashes what it writes."""
+def _sha256(dataset_id: str, file: BinaryIO) -> str:
+    """Of the whole file. Raises RequestRefused for an empty one."""
+    digest, size = hashlib.sha256(), 0
+    file.seek(0)
+    while chunk := file.read(CHUNK):
+        digest.update(chunk)
+        size += len(chunk)
+    if not size:
+        raise RequestRefused(f"Dataset '{dataset_id}' is empty: register it with at least one row")
+    return digest.hexdigest()
 
-    def __init__(self, dataset_id: str, file: BinaryIO) -> None:
-        self.rows = 0
-        self.digest = hashlib.sha256()
-        self._dataset_id = dataset_id
-        self._file = file
 
-    def append(self, page: list[dict[str, Any]]) -> None:
-        for row in page:
-            self._write(self._line(row))
-
-    def copy(self, path: Path) -> None:
+def _append(dataset_id: str, file: BinaryIO, rows: Iterable[dict[str, Any]], start: int) -> None:
+    for number, row in enumerate(rows, start + 1):
         try:
-            # Only a regular file: opening a pipe or a device could wait for ever.
-            if not path.is_file():
-                raise RequestRefused(f"Dataset '{self._dataset_id}': there is no file {path} on the stack's host")
-            with path.open("rb") as source:
-                for line in source:
-                    if line.strip():
-                        self._write(line.rstrip(b"\r\n") + b"\n")
-        except OSError as error:
-            raise RequestRefused(
-                f"Dataset '{self._dataset_id}': {path} cannot be read on the stack's host: {error.strerror}"
-            ) from error
-
-    def _write(self, line: bytes) -> None:
-        self._file.write(line)
-        self.digest.update(line)
-        self.rows += 1
-
-    def _line(self, row: dict[str, Any]) -> bytes:
-        try:
-            text = json.dumps(cleaned(row), ensure_ascii=False, allow_nan=False, sort_keys=True, separators=(",", ":"))
-            return text.encode() + b"\n"
+            text = json.dumps(row, ensure_ascii=False, allow_nan=False, sort_keys=True, separators=(",", ":"))
+            file.write(text.encode() + b"\n")
         except (TypeError, ValueError) as error:  # ValueError: infinity, or a lone surrogate
-            raise RequestRefused(
-                f"Dataset '{self._dataset_id}', row {self.rows + 1} cannot be written as JSON: {error}"
-            ) from error
+            raise RequestRefused(f"Dataset '{dataset_id}', row {number} cannot be written as JSON: {error}") from error
 
 
 def cleaned(row: dict[str, Any]) -> dict[str, Any]:
@@ -140,9 +114,9 @@ def _restored(value: Any) -> Any:
 async def _read(datasetio: Any, dataset_id: str, start: int, limit: int) -> tuple[list[dict[str, Any]], bool]:
     try:
         return await compat.read_rows(datasetio, dataset_id, start, limit)
-    except (AdapterError, compat.LlamaStackError, PermissionError):
-        raise
     except Exception as error:
+        if isinstance(error, (AdapterError, *compat.STACK_ERRORS)):
+            raise
         # Whatever a dataset provider raises (pandas, the file system, a hub): the reason is in the dataset, and the
         # stack would answer most of it with a bare 500.
         raise RequestRefused(

@@ -36,7 +36,13 @@ class Job(ServiceObject):
     error: ServiceError | None = None
     fine_tuned_model: str | None = None
     metadata: dict[str, str] | None = None
+    method: dict[str, Any] | None = None
     trl: JobExtension
+
+    @property
+    def kind(self) -> str:
+        """The method's name: dpo, supervised, ..."""
+        return str((self.method or {}).get("type", "dpo"))
 
     @property
     def job_uuid(self) -> str:
@@ -68,8 +74,17 @@ class CheckpointPage(ServiceObject):
     has_more: bool
 
 
+class FileExtension(ServiceObject):
+    sha256: str | None = None
+
+
 class UploadedFile(ServiceObject):
     id: str
+    trl: FileExtension | None = None
+
+
+class FilePage(ServiceObject):
+    data: list[UploadedFile]
 
 
 class Health(ServiceObject):

@@ -7,6 +7,12 @@ from pydantic import BaseModel, Field
 from bento_service.jobs.job import StoredFile
 
 
+class TrlFile(BaseModel):
+    """What OpenAI's file object has no place for."""
+
+    sha256: str = Field(description="Of the bytes, in hex.")
+
+
 class FileObject(BaseModel):
     """An uploaded file."""
 
@@ -21,6 +27,7 @@ class FileObject(BaseModel):
     )
     status_details: None = Field(default=None, description="For compatibility: always null.")
     expires_at: None = Field(default=None, description="For compatibility: files stay until they are deleted.")
+    trl: TrlFile
 
     @classmethod
     def of(cls, file: StoredFile) -> "FileObject":
@@ -30,6 +37,7 @@ class FileObject(BaseModel):
             created_at=int(file.created_at),
             filename=file.filename,
             purpose=file.purpose,
+            trl=TrlFile(sha256=file.sha256),
         )
 
 

@@ -3,10 +3,10 @@
 from typing import Any
 
 import pandas
-from llama_stack_api import DPOAlignmentConfig, PreferenceOptimizeRequest, TrainingConfig
 from llama_stack_api.common.errors import DatasetNotFoundError
 from llama_stack_api.common.responses import PaginatedResponse
 from llama_stack_api.datasets import Dataset, GetDatasetRequest
+from llama_stack_provider_trl_remote.protocol import PreferenceOptimizeRequest, SupervisedFineTuneRequest
 
 PAIRS = [{"prompt": f"p{i}", "chosen": f"good {i}", "rejected": f"bad {i}"} for i in range(5)]
 
@@ -44,12 +44,31 @@ def dpo_request(
     logger: dict[str, Any] | None = None,
 ) -> PreferenceOptimizeRequest:
     """A request as the server makes it from a body: fields that are not named here count as not sent."""
-    data_config = {"dataset_id": "pairs", "batch_size": 4, "shuffle": True, "data_format": "dialog", **(data or {})}
-    return PreferenceOptimizeRequest(
-        job_uuid=job_uuid,
-        finetuned_model="org/model",
-        algorithm_config=DPOAlignmentConfig(**{"beta": 0.1, **(algorithm or {})}),
-        training_config=TrainingConfig(**{"n_epochs": 1, "data_config": data_config, **(training or {})}),
-        hyperparam_search_config=extras or {},
-        logger_config=logger or {},
+    return PreferenceOptimizeRequest.model_validate(
+        {
+            "job_uuid": job_uuid,
+            "finetuned_model": "org/model",
+            "algorithm_config": {"beta": 0.1} if algorithm is None else algorithm,
+            "training_config": _training(training, data),
+            "hyperparam_search_config": extras or {},
+            "logger_config": logger or {},
+        }
     )
+
+
+def sft_request(
+    *, training: dict[str, Any] | None = None, data: dict[str, Any] | None = None, **changes: Any
+) -> SupervisedFineTuneRequest:
+    body = {
+        "job_uuid": "job-1",
+        "model": "org/model",
+        "training_config": _training(training, data),
+        "hyperparam_search_config": {},
+        "logger_config": {},
+    }
+    return SupervisedFineTuneRequest.model_validate(body | changes)
+
+
+def _training(training: dict[str, Any] | None, data: dict[str, Any] | None) -> dict[str, Any]:
+    data_config = {"dataset_id": "pairs", "batch_size": 4, "shuffle": True, "data_format": "dialog", **(data or {})}
+    return {"n_epochs": 1, "data_config": data_config, **(training or {})}

@@ -2,11 +2,13 @@
 
 import asyncio
 import io
+import re
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 import httpx
 import pytest
+from llama_stack_provider_trl_remote import caller
 from llama_stack_provider_trl_remote.client import TrainingServiceClient
 from llama_stack_provider_trl_remote.config import TrlRemoteConfig
 from llama_stack_provider_trl_remote.errors import Conflict, NotFound, RequestRefused, ServiceUnavailable
@@ -134,6 +136,25 @@ def test_the_key_is_sent_and_ids_are_escaped() -> None:
     ask(script, lambda c: c.get_job("../files?x"), api_key="secret", base_url="http://gpu:8080/v1")
     assert script.requests[0].headers["Authorization"] == "Bearer secret"
     assert script.requests[0].url.raw_path == b"/v1/fine_tuning/jobs/..%2Ffiles%3Fx"
+
+
+def test_the_caller_s_own_key_and_trace_are_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    data: dict[str, Any] = {"trl_remote_api_key": "mine", "other_provider_key": 3}
+    monkeypatch.setattr(caller.compat, "provider_data", lambda: data)
+    script = Script(httpx.Response(200, json=JOB))
+    trace = {"traceparent": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01", "cookie": "no"}
+    with caller.traced(trace):
+        ask(script, lambda c: c.get_job("ftjob-1"), api_key="the-provider-s")
+    sent = script.requests[0].headers
+    assert sent["Authorization"] == "Bearer mine"
+    assert sent["traceparent"] == trace["traceparent"]
+    assert "cookie" not in sent
+    assert re.fullmatch(r"llama-stack-provider-trl-remote/\d+\.\d+\.\d+", sent["User-Agent"])
+    for bad in (3, "two words", "line\nbreak"):
+        data["trl_remote_api_key"] = bad
+        with pytest.raises(RequestRefused, match="trl_remote_api_key") as caught:
+            ask(Script(), lambda c: c.get_job("ftjob-1"))
+        assert repr(bad) not in str(caught.value)
 
 
 @pytest.mark.parametrize("answer", [httpx.Response(200, text="<html>"), httpx.Response(200, json={"id": 3})])

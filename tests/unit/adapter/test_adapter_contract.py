@@ -7,10 +7,10 @@ from typing import Any
 
 import httpx
 import pytest
-from llama_stack_api import CancelTrainingJobRequest, GetTrainingJobArtifactsRequest, GetTrainingJobStatusRequest
 from llama_stack_provider_trl_remote.adapter import TrlRemoteAdapter
 from llama_stack_provider_trl_remote.config import TrlRemoteConfig
 from llama_stack_provider_trl_remote.errors import Conflict, NotFound, RequestRefused, ServiceUnavailable
+from llama_stack_provider_trl_remote.protocol import JobRequest
 
 from bento_service.api.app import create_app, in_front_of
 from bento_service.post_training import TrlPostTrainingImpl
@@ -65,16 +65,16 @@ def test_a_job_is_made_as_asked_and_found_again(impl: TrlPostTrainingImpl) -> No
     assert len(impl.list_files().data) == 2
 
     async def look() -> None:
-        shown = await stack.get_training_job_status(GetTrainingJobStatusRequest(job_uuid=job_uuid))
+        shown = await stack.get_training_job_status(JobRequest(job_uuid=job_uuid))
         assert (shown.job_uuid, shown.status.value) == (job_uuid, "scheduled")
         assert shown.resources_allocated["service_job_id"] == job.id
-        await stack.cancel_training_job(CancelTrainingJobRequest(job_uuid=job_uuid))
-        by_service_id = await stack.get_training_job_status(GetTrainingJobStatusRequest(job_uuid=job.id))
+        await stack.cancel_training_job(JobRequest(job_uuid=job_uuid))
+        by_service_id = await stack.get_training_job_status(JobRequest(job_uuid=job.id))
         assert by_service_id.status.value == "cancelled"
-        artifacts = await stack.get_training_job_artifacts(GetTrainingJobArtifactsRequest(job_uuid=job_uuid))
+        artifacts = await stack.get_training_job_artifacts(JobRequest(job_uuid=job_uuid))
         assert artifacts.checkpoints == []
         with pytest.raises(NotFound):
-            await stack.get_training_job_status(GetTrainingJobStatusRequest(job_uuid="ftjob-unknown"))
+            await stack.get_training_job_status(JobRequest(job_uuid="ftjob-unknown"))
 
     asyncio.run(look())
 

@@ -5,12 +5,22 @@ from typing import Any
 
 import pytest
 from llama_stack_provider_trl_remote.config import TrlRemoteConfig
-from llama_stack_provider_trl_remote.errors import RequestRefused
-from llama_stack_provider_trl_remote.request import plan_dpo
+from llama_stack_provider_trl_remote.errors import NotSupported, RequestRefused
+from llama_stack_provider_trl_remote.request import plan_dpo, plan_sft
+from pydantic import ValidationError
 
 from bento_service.training.spec import TrlOptions
-from tests.unit.adapter.stack_fakes import dpo_request
+from tests.unit.adapter.stack_fakes import dpo_request, sft_request
 
+LORA = {
+    "type": "LoRA",
+    "lora_attn_modules": ["q_proj", "output_proj"],
+    "apply_lora_to_mlp": False,
+    "apply_lora_to_output": True,
+    "rank": 4,
+    "alpha": 8,
+}
+REWARD = {"reward_scale": 0.3, "reward_clip": 0, "epsilon": 0, "gamma": 0}
 OPTIMIZER = {"optimizer_type": "adamw", "lr": 1e-5, "weight_decay": 0.1, "num_warmup_steps": 7}
 EVERYTHING = {
     "n_epochs": 3,
@@ -106,7 +116,7 @@ def test_extras_are_merged_over_the_request_and_the_request_over_the_provider_s_
     assert options["precision"] == "fp16"
     assert (plan.body["seed"], plan.body["suffix"]) == (3, "mine")
     TrlOptions.model_validate(options)
-    sent_loss = dpo_request(algorithm={"loss_type": "sigmoid"})
+    sent_loss = dpo_request(algorithm={"beta": 0.1, "loss_type": "sigmoid"})
     assert plan_dpo(sent_loss, TrlRemoteConfig(**config)).body["trl"]["dpo"] == {"loss_type": ["sigmoid"]}
 
 
@@ -137,6 +147,13 @@ def test_the_learning_rate_multiplier() -> None:
         ({"data": {"packed": True}}, "packed"),
         ({"data": {"train_on_input": True}}, "train_on_input"),
         ({"algorithm": {"beta": 0}}, "algorithm_config.beta"),
+        ({"algorithm": REWARD | {"reward_scale": 0}}, "reward_scale"),
+        ({"algorithm": REWARD | {"reward_clip": 1}}, "reward_clip"),
+        ({"algorithm": REWARD | {"epsilon": 0.5}}, "epsilon"),
+        ({"algorithm": REWARD | {"gamma": 0.9}}, "gamma"),
+        ({"algorithm": LORA | {"quantize_base": True}}, "quantize_base"),
+        ({"algorithm": LORA | {"rank": 0}}, "rank"),
+        ({"algorithm": LORA | {"lora_attn_modules": [], "apply_lora_to_output": False}}, "nothing to adapt"),
         ({"algorithm": {"loss_type": "kto_pair"}}, "sigmoid, hinge, ipo"),
         ({"extras": {"client_id": "x"}}, "job_uuid"),
         ({"logger": {"wandb_project": "p"}}, "wandb_project"),
@@ -147,6 +164,81 @@ def test_the_learning_rate_multiplier() -> None:
 def test_refused_by_name(changes: dict[str, Any], named: str) -> None:
     with pytest.raises(RequestRefused, match=named):
         plan_dpo(dpo_request(**changes), TrlRemoteConfig())
+
+
+def test_dpo_through_a_lora_adapter() -> None:
+    """Early clients could send nothing but a LoRA config: DPO with the provider's defaults, through that adapter."""
+    config = TrlRemoteConfig(training_config={"dpo_beta": 0.7, "dpo_loss_type": "ipo", "tuning": "full"})
+    body = plan_dpo(dpo_request(algorithm=LORA | {"use_dora": True}), config).body
+    assert body["method"]["dpo"]["hyperparameters"]["beta"] == 0.7
+    assert body["trl"]["tuning"] == "lora"
+    assert body["trl"]["dpo"] == {"loss_type": ["ipo"]}
+    assert body["trl"]["lora"] == {
+        "rank": 4,
+        "alpha": 8,
+        "target_modules": ["q_proj", "o_proj", "lm_head"],
+        "use_dora": True,
+    }
+    TrlOptions.model_validate(body["trl"])
+
+
+def test_the_dpo_config_of_the_first_releases() -> None:
+    body = plan_dpo(dpo_request(algorithm=REWARD | {"epsilon": 0.1}), TrlRemoteConfig()).body
+    assert body["method"]["dpo"]["hyperparameters"]["beta"] == 0.3
+    assert body["trl"]["dpo"] == {"label_smoothing": 0.1}
+
+
+def test_a_config_without_beta_means_the_provider_s() -> None:
+    config = TrlRemoteConfig(training_config={"dpo_beta": 0.7})
+    assert plan_dpo(dpo_request(algorithm={}), config).body["method"]["dpo"]["hyperparameters"]["beta"] == 0.7
+
+
+def test_supervised_fine_tuning() -> None:
+    config = TrlRemoteConfig(training_config={"dpo_loss_type": "ipo", "options": {"dpo": {"label_smoothing": 0.1}}})
+    request = sft_request(data={"packed": True, "train_on_input": False}, algorithm_config=LORA)
+    body = plan_sft(request, config).body
+    assert body["method"] == {
+        "type": "supervised",
+        "supervised": {"hyperparameters": {"n_epochs": 1, "batch_size": 4}},
+    }
+    assert body["trl"]["sft"] == {"packing": True, "completion_only_loss": True}
+    assert body["trl"]["lora"]["rank"] == 4
+    assert "dpo" not in body["trl"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"model": None}, "model"),
+        ({"checkpoint_dir": "/tmp"}, "checkpoint_dir"),
+        ({"training": {"n_epochs": 0}}, "n_epochs"),
+    ],
+)
+def test_supervised_fine_tuning_refused_by_name(changes: dict[str, Any], named: str) -> None:
+    with pytest.raises(RequestRefused, match=named):
+        plan_sft(sft_request(**changes), TrlRemoteConfig())
+
+
+def test_quantization_aware_training_is_not_there() -> None:
+    qat = {"type": "QAT", "quantizer_name": "int8", "group_size": 32}
+    with pytest.raises(NotSupported, match="QAT"):
+        plan_sft(sft_request(algorithm_config=qat), TrlRemoteConfig())
+    with pytest.raises(NotSupported, match="QAT"):
+        plan_dpo(dpo_request(algorithm=qat), TrlRemoteConfig())
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"algorithm": {"bta": 0.1}}, "bta"),
+        ({"algorithm": REWARD | {"beta": 0.1}}, "beta"),
+        ({"training": {"max_step_per_epoch": 3}}, "max_step_per_epoch"),
+        ({"data": {"shufle": True}}, "shufle"),
+    ],
+)
+def test_a_misspelt_key_is_not_ignored(changes: dict[str, Any], named: str) -> None:
+    with pytest.raises(ValidationError, match=named):
+        dpo_request(**changes)
 
 
 def test_the_fingerprint_is_of_the_request_and_its_rows() -> None:
@@ -172,6 +264,9 @@ def test_a_dataset_id_too_long_for_metadata_is_left_out_of_it() -> None:
         {"bas_url": "http://host"},
         {"training_config": {"dpo_bta": 0.1}},
         {"page_rows": 0},
+        {"api_key": "two words"},
+        {"tls": {"ca_file": "/no/such/ca.pem"}},
+        {"tls": {"client_key_file": "key.pem"}},
     ],
 )
 def test_a_wrong_configuration_stops_the_start(config: dict[str, Any]) -> None:
@@ -184,3 +279,6 @@ def test_the_configuration_hides_the_key_and_normalises_the_address() -> None:
     assert config.base_url == "http://gpu:8080"
     assert "very-secret" not in repr(config)
     assert TrlRemoteConfig(api_key="").api_key is None
+    # What Llama Stack 0.2.12 makes of ${env.X:=default} when X is not set.
+    early = TrlRemoteConfig(base_url="=http://gpu:8080", api_key="=")
+    assert (early.base_url, early.api_key) == ("http://gpu:8080", None)

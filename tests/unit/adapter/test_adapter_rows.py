@@ -1,35 +1,39 @@
 """Dataset rows on their way to the service."""
 
 import asyncio
+import hashlib
 import math
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from llama_stack_api.datasets import GetDatasetRequest
 from llama_stack_provider_trl_remote.errors import RequestRefused
-from llama_stack_provider_trl_remote.rows import cleaned, local_jsonl, spooled
+from llama_stack_provider_trl_remote.rows import cleaned, spooled
+from llama_stack_provider_trl_remote.sources import Inline, LocalFile, Rows, Source, Table
 
-from tests.unit.adapter.stack_fakes import PAIRS, FakeDatasets, dataset
+from tests.unit.adapter.stack_fakes import PAIRS, FakeDatasets
+
+TABLE = Table("pairs.csv", importable=False)
 
 
-def spool(stack: FakeDatasets, page_rows: int = 2) -> tuple[bytes, int, str]:
-    async def read() -> tuple[bytes, int, str]:
-        registered = await stack.get_dataset(GetDatasetRequest(dataset_id="pairs"))
-        async with spooled(registered, stack, page_rows) as data:
+def spool(stack: FakeDatasets, page_rows: int = 2, source: Any = TABLE) -> tuple[bytes, str]:
+    """Through datasetio, as a table."""
+
+    async def read() -> tuple[bytes, str]:
+        async with spooled("pairs", source, stack, page_rows) as data:
             data.file.seek(0)
-            return data.file.read(), data.rows, data.sha256
+            return data.file.read(), data.sha256
 
     return asyncio.run(read())
 
 
 def test_rows_are_read_in_bounded_pages_and_all_arrive_in_order() -> None:
     stack = FakeDatasets(pairs=PAIRS)
-    content, rows, _ = spool(stack)
+    content, _ = spool(stack)
     assert stack.limits == [2, 2, 2]
-    assert rows == 5
     assert content.decode().splitlines()[4] == '{"chosen":"good 4","prompt":"p4","rejected":"bad 4"}'
 
 
@@ -44,7 +48,7 @@ def test_what_pandas_did_is_undone() -> None:
         {"chosen": "a", "rejected": "b", "rank": 3, "messages": [{"content": "x", "n": 1.0}]},
         {"chosen": "ü", "rejected": "d", "score": 0.5},
     ]
-    content, _, _ = spool(FakeDatasets(pairs=rows))
+    content, _ = spool(FakeDatasets(pairs=rows))
     assert content.decode().splitlines() == [
         '{"chosen":"a","messages":[{"content":"x","n":1.0}],"rank":3,"rejected":"b"}',
         '{"chosen":"ü","rejected":"d","score":0.5}',
@@ -87,46 +91,27 @@ def test_pages_without_rows_do_not_go_on_for_ever() -> None:
         spool(Endless(pairs=PAIRS))
 
 
-def test_an_empty_file_is_an_empty_dataset(tmp_path: Path) -> None:
-    file = tmp_path / "pairs.jsonl"
-    file.write_text("\n  \n")
-    stack = FakeDatasets()
-    stack.sources["pairs"] = {"type": "uri", "uri": str(file)}
+def test_a_registered_dataset_s_own_rows_are_sent_as_they_are() -> None:
+    rows = [{"chosen": "a", "rank": 3, "nothing": None}, {"chosen": "ü", "score": 2.0}]
+    content, _ = spool(FakeDatasets(), source=Rows(rows))
+    assert content.decode().splitlines() == ['{"chosen":"a","nothing":null,"rank":3}', '{"chosen":"ü","score":2.0}']
+
+
+def test_a_local_file_is_sent_byte_by_byte(tmp_path: Path) -> None:
+    file = tmp_path / "pairs.csv.gz"
+    file.write_bytes(b"\x1f\x8b anything")
+    content, digest = spool(FakeDatasets(), source=LocalFile(file))
+    assert content == b"\x1f\x8b anything"
+    assert digest == hashlib.sha256(content).hexdigest()
+
+
+@pytest.mark.parametrize("source", [Rows([]), Inline(b"")])
+def test_nothing_is_an_empty_dataset(source: Source) -> None:
     with pytest.raises(RequestRefused, match="'pairs' is empty"):
-        spool(stack)
-
-
-@pytest.mark.parametrize("uri", ["/data/a.jsonl", "file:///data/a.jsonl", "file://localhost/data/a.jsonl"])
-def test_local_jsonl_files(uri: str) -> None:
-    assert local_jsonl(dataset("d", {"type": "uri", "uri": uri})) == Path("/data/a.jsonl")
-
-
-def test_a_path_keeps_its_odd_characters() -> None:
-    assert local_jsonl(dataset("d", {"type": "uri", "uri": "/data/a#1?.jsonl"})) == Path("/data/a#1?.jsonl")
-    assert local_jsonl(dataset("d", {"type": "uri", "uri": "file:///data/a%20b.jsonl"})) == Path("/data/a b.jsonl")
-
-
-@pytest.mark.parametrize(
-    "uri", ["/data/a.csv", "http://host/a.csv", "data:text/csv;base64,YQ==", "huggingface://datasets/a/b"]
-)
-def test_uris_that_the_stack_reads(uri: str) -> None:
-    assert local_jsonl(dataset("d", {"type": "uri", "uri": uri})) is None
-
-
-@pytest.mark.parametrize(
-    "uri",
-    ["http://host/a.jsonl", "lsfs://a.jsonl", "data:application/json,[]", "file://elsewhere/a.jsonl", "/etc/passwd"],
-)
-def test_uris_that_nobody_reads(uri: str) -> None:
-    with pytest.raises(RequestRefused, match=r"'d'.*What works"):
-        local_jsonl(dataset("d", {"type": "uri", "uri": uri}))
+        spool(FakeDatasets(), source=source)
 
 
 def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
-    import os
-
     os.mkfifo(tmp_path / "pairs.jsonl")
-    stack = FakeDatasets()
-    stack.sources["pairs"] = {"type": "uri", "uri": str(tmp_path / "pairs.jsonl")}
     with pytest.raises(RequestRefused, match="no file"):
-        spool(stack)
+        spool(FakeDatasets(), source=LocalFile(tmp_path / "pairs.jsonl"))

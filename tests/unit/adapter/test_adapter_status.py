@@ -1,5 +1,6 @@
 """A job of the service as Llama Stack shows it."""
 
+import math
 from datetime import UTC, datetime
 from typing import Any
 
@@ -86,4 +87,16 @@ def test_what_llama_stack_has_no_field_for() -> None:
 def test_checkpoints(epoch: float, completed: int) -> None:
     shown = checkpoint_of(job(), checkpoint(epoch))
     assert (shown.epoch, shown.path, shown.post_training_job_id) == (completed, "/runs/1", "mine")
-    assert shown.training_metrics is None
+    assert shown.training_metrics is not None
+    metrics = shown.training_metrics.model_dump()
+    assert metrics == {"epoch": completed, "train_loss": 0.6, "validation_loss": None, "perplexity": None}
+
+
+def test_perplexity_is_of_the_validation_loss_and_only_of_supervised_training() -> None:
+    supervised = job(method={"type": "supervised"})
+    for values, perplexity in (({"loss": 1.0}, math.e), ({"loss": 1.0, "eval_loss": 0.0}, 1.0), ({"loss": 1e6}, None)):
+        one = checkpoint(1.0)
+        one = one.model_copy(update={"trl": one.trl.model_copy(update={"metrics": values})})
+        shown = checkpoint_of(supervised, one).training_metrics
+        assert shown is not None
+        assert shown.perplexity == (None if perplexity is None else pytest.approx(perplexity))

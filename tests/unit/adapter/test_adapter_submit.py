@@ -6,12 +6,12 @@ from typing import Any
 import httpx
 import pytest
 import yaml
-from llama_stack_api import CancelTrainingJobRequest, GetTrainingJobStatusRequest, RemoteProviderSpec
-from llama_stack_api.common.errors import DatasetNotFoundError
+from llama_stack_api import RemoteProviderSpec
 from llama_stack_provider_trl_remote import get_provider_spec
 from llama_stack_provider_trl_remote.adapter import TrlRemoteAdapter
 from llama_stack_provider_trl_remote.config import TrlRemoteConfig
 from llama_stack_provider_trl_remote.errors import Conflict, NotFound, RequestRefused, ServiceUnavailable
+from llama_stack_provider_trl_remote.protocol import JobRequest
 
 from tests.fake_training_service import FakeTrainingService, new_job
 from tests.stack_server import REPOSITORY
@@ -67,7 +67,7 @@ def test_a_refusal_asks_nobody(wire: Recorder) -> None:
 
 @pytest.mark.parametrize("data", [{"dataset_id": "nowhere"}, {"validation_dataset_id": "nowhere"}])
 def test_an_unknown_dataset_asks_nobody(wire: Recorder, data: dict[str, str]) -> None:
-    with pytest.raises(DatasetNotFoundError):
+    with pytest.raises(NotFound, match="nowhere"):
         asyncio.run(make(wire).preference_optimize(dpo_request(data=data)))
     assert wire.asked == []
 
@@ -89,6 +89,47 @@ def test_a_refused_submit_leaves_no_file(service: FakeTrainingService, wire: Rec
         asyncio.run(make(wire).preference_optimize(dpo_request(data=data)))
     assert service.files == {}
     assert len(service.deleted) == len(data)
+
+
+def test_what_the_service_has_is_not_sent_again(service: FakeTrainingService, wire: Recorder) -> None:
+    adapter = make(wire)
+    asyncio.run(adapter.preference_optimize(dpo_request()))
+    asyncio.run(adapter.preference_optimize(dpo_request("job-2")))
+    assert wire.asked.count("POST /v1/files") == 1
+    # What it had before is not taken back from it either.
+    with pytest.raises(RequestRefused):
+        request = dpo_request("job-3").model_copy(update={"finetuned_model": "missing/model"})
+        asyncio.run(adapter.preference_optimize(request))
+    assert len(service.files) == 1
+
+
+def test_a_file_of_the_service_is_used_as_it_is(service: FakeTrainingService, wire: Recorder) -> None:
+    service.files["file-1"] = b'{"chosen":"a","rejected":"b"}\n'
+    asyncio.run(make(wire).preference_optimize(dpo_request(data={"dataset_id": "file-1"})))
+    assert next(iter(service.bodies.values()))["training_file"] == "file-1"
+    assert "POST /v1/files" not in wire.asked
+
+
+def test_a_uri_that_the_service_imports(service: FakeTrainingService, wire: Recorder) -> None:
+    allowed = "https://data.example.org/pairs.jsonl"
+    service.importable[allowed] = b'{"chosen":"a","rejected":"b"}\n'
+    asyncio.run(make(wire).preference_optimize(dpo_request(data={"dataset_id": allowed})))
+    assert service.imported == [allowed]
+    with pytest.raises(RequestRefused, match="not among the URLs"):
+        other = dpo_request("job-2", data={"dataset_id": "https://data.example.org/other.jsonl"})
+        asyncio.run(make(wire).preference_optimize(other))
+
+
+def test_health_says_what_is_wrong(wire: Recorder) -> None:
+    assert asyncio.run(make(wire).health())["status"] == "OK"
+
+    def down(request: httpx.Request) -> None:
+        raise httpx.ConnectError("refused", request=request)
+
+    wire.fail = down
+    health = asyncio.run(make(wire).health())
+    assert health["status"] == "Error"
+    assert "cannot be reached" in health["message"]
 
 
 def test_a_second_upload_that_fails_takes_the_first_back(service: FakeTrainingService, wire: Recorder) -> None:
@@ -144,7 +185,7 @@ def test_another_request_under_the_same_job_uuid(service: FakeTrainingService, w
 
 def test_a_submit_has_an_end(service: FakeTrainingService, wire: Recorder) -> None:
     class Stuck(FakeDatasets):
-        async def iterrows(self, request: Any) -> Any:
+        async def get_dataset(self, request: Any) -> Any:
             await asyncio.Event().wait()
 
     adapter = make(wire, Stuck(pairs=PAIRS), timeouts={"submit_seconds": 0.05})
@@ -170,12 +211,12 @@ def test_jobs_that_were_submitted_elsewhere(service: FakeTrainingService, wire: 
 
     async def use() -> None:
         assert [job.job_uuid for job in (await adapter.get_training_jobs()).data] == ["ftjob-9"]
-        await adapter.cancel_training_job(CancelTrainingJobRequest(job_uuid="ftjob-9"))
-        status = await adapter.get_training_job_status(GetTrainingJobStatusRequest(job_uuid="ftjob-9"))
+        await adapter.cancel_training_job(JobRequest(job_uuid="ftjob-9"))
+        status = await adapter.get_training_job_status(JobRequest(job_uuid="ftjob-9"))
         assert status.status.value == "cancelled"
         for unknown in ("ftjob-8", "nobody", ""):
             with pytest.raises(NotFound):
-                await adapter.cancel_training_job(CancelTrainingJobRequest(job_uuid=unknown))
+                await adapter.cancel_training_job(JobRequest(job_uuid=unknown))
 
     asyncio.run(use())
 

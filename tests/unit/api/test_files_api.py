@@ -1,5 +1,7 @@
 """``/v1/files`` over HTTP."""
 
+import hashlib
+
 import pytest
 
 from tests.core_factory import PAIRS, json_lines, request
@@ -129,3 +131,13 @@ def test_an_id_that_cannot_exist_is_not_found(client, file_id):
         answer = client.get(path)
         assert answer.status_code == 404
         assert answer.json()["error"]["type"] == "not_found_error"
+
+
+def test_a_file_is_found_by_its_content(client):
+    file = send(client).json()
+    send(client, DATA * 2)
+    digest = hashlib.sha256(DATA).hexdigest()
+    assert file["trl"]["sha256"] == digest
+    assert [f["id"] for f in client.get("/v1/files", params={"sha256": digest}).json()["data"]] == [file["id"]]
+    assert client.get("/v1/files", params={"sha256": "0" * 64}).json()["data"] == []
+    assert client.get("/v1/files", params={"sha256": "../x"}).status_code == 400
