@@ -8,7 +8,7 @@ export UV_PYTHON := $(BIN)/python
 # The embedded model, as an ordinary Hugging Face folder; TRL_MODELS_DIR may point elsewhere.
 export TRL_MODELS_DIR ?= $(CURDIR)/.models
 
-.PHONY: setup demo test serve stack check bench model lock docs clean
+.PHONY: setup demo test test-compat serve stack check bench model lock docs clean
 
 setup: $(VENV)/.ready
 
@@ -32,6 +32,10 @@ demo: model
 test: setup
 	$(BIN)/python -m pytest
 
+# An environment, a server and a client of each release of Llama Stack; writes the table of docs/compatibility.md.
+test-compat: setup
+	$(BIN)/python -m pytest tests/compat --timeout 900
+
 serve: model
 	$(BIN)/python bento_service/service.py
 
@@ -54,6 +58,10 @@ lock: setup
 # The tables of docs/ that the API's own description fills.
 docs: setup
 	$(BIN)/python docs/tables.py
+
+# What each release of tests/compat is installed with.
+lock-compat: setup
+	for release in tests/compat/pins/*.in; do $(UV) pip compile --quiet --upgrade --python-version 3.12 --no-annotate --no-emit-index-url --custom-compile-command "make lock-compat" $$release -o $${release%.in}.txt; done
 
 clean:
 	rm -rf $(VENV) .models .demo
