@@ -49,8 +49,10 @@ def run(
 
     events.write("message", f"loading model {spec.model}")
     folder = Path(spec.model_path) if spec.model_path is not None else None
-    tokenizer = load_tokenizer(spec.model, folder, conversational=data.conversational)
-    model = load_model(spec.model, folder)
+    tokenizer = load_tokenizer(
+        spec.model, folder, conversational=data.conversational, trust_remote_code=spec.trust_remote_code
+    )
+    model = load_model(spec.model, folder, trust_remote_code=spec.trust_remote_code)
 
     events.write("message", f"tokenizing {len(rows)} rows")
     trainer = CountingKTOTrainer(

@@ -8,11 +8,12 @@ the script's losses.
 from pathlib import Path
 from typing import Literal
 
+import torch
 from datasets import Dataset, disable_progress_bars
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
-from bento_service.errors import InvalidDataset
+from bento_service.errors import InvalidDataset, InvalidRequest
 from bento_service.training.arguments import shared_arguments
 from bento_service.training.assistant_turns import tokenize_chat
 from bento_service.training.data import read_data
@@ -67,6 +68,9 @@ def run(
     )
     model = load_model(spec.model, folder, trust_remote_code=spec.trust_remote_code)
 
+    if options.sft.packing:
+        require_rows_apart(model)
+
     events.write("message", f"tokenizing {len(data.train)} rows")
     rows, held_out = data.train, data.evaluation
     if options.sft.completion_only_loss:
@@ -80,7 +84,6 @@ def run(
             **shared_arguments(spec, run, device, precision),
             loss_type=options.sft.loss_type,
             completion_only_loss=options.sft.completion_only_loss,
-            # Exact: with position ids and no cache, transformers' attention keeps the rows of a pack apart.
             packing=options.sft.packing,
             packing_strategy="bfd",
             # Rows are evaluated one by one, so that packing changes no evaluation.
@@ -95,6 +98,25 @@ def run(
     if data.evaluation is not None:
         report_lengths(trainer.eval_dataset, len(data.evaluation), spec, "validation_file", events)
     return train(trainer, spec, run, events, stop)
+
+
+def require_rows_apart(model: PreTrainedModel) -> None:
+    """Raises InvalidRequest for a model in which a row of a pack sees the rows before it.
+
+    Where a batch has position ids, no mask and no cache, transformers' attention keeps the rows of a pack apart; a
+    recurrent model, or one that brings its own attention, may not.
+    """
+    first, second = torch.arange(1, 7)[None], torch.arange(7, 12)[None]
+    positions = torch.cat([torch.arange(first.shape[1]), torch.arange(second.shape[1])])[None]
+    with torch.no_grad():
+        packed = model(input_ids=torch.cat([first, second], 1), position_ids=positions, use_cache=False).logits
+        alone = model(input_ids=second, use_cache=False).logits
+    difference = (packed[:, first.shape[1] :] - alone).abs().max()
+    if not difference <= 1e-3 * alone.abs().max():  # rounding is a thousandth of that, another context far more
+        raise InvalidRequest(
+            "this model does not keep the rows of a packed sequence apart: set sft.packing to false",
+            param="sft.packing",
+        )
 
 
 def report_lengths(dataset: Dataset, given: int, spec: TrainingSpec, param: str, events: EventWriter) -> None:

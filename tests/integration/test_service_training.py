@@ -17,6 +17,7 @@ from bento_service.jobs.store import Store
 from tests.bento_server import bento_server
 from tests.core_factory import PAIRS, json_lines
 from tests.tiny_model import make_tiny_model
+from tests.trainer_run import chat_rows
 
 MODEL = "org/tiny-trained"
 BROKEN = "org/without-weights"
@@ -192,6 +193,32 @@ def test_a_running_job_is_followed_paged_and_cancelled(client, server):
     oldest_first = [found.id for found in client.files.list(order="asc", limit=1)]
     assert file.id in oldest_first
     assert [found.id for found in client.files.list()] == oldest_first[::-1]
+
+
+def test_a_supervised_job_is_trained_and_its_best_checkpoint_is_named(client, server, models):
+    file = client.files.create(file=("chat.jsonl", json_lines(chat_rows(8))), purpose="fine-tune")
+    submitted = client.fine_tuning.jobs.create(
+        model=MODEL,
+        training_file=file.id,
+        method={"type": "supervised", "supervised": {"hyperparameters": {"batch_size": 2, "n_epochs": 1}}},
+        extra_body={"trl": {"tuning": "full", "evaluation": {"split": 0.25}}},
+    )
+    job = ended(client, submitted.id, server)
+    assert job.status == "succeeded", (job.error, server.log())
+    assert job.method.type == "supervised"
+    assert job.trl["resolved"]["learning_rate"] == 2e-5
+    (checkpoint,) = client.fine_tuning.jobs.checkpoints.list(job.id)
+    assert (checkpoint.step_number, checkpoint.trl["final"]) == (3, True)  # 6 rows, 2 a step
+    assert checkpoint.metrics.valid_mean_token_accuracy is not None
+    progress = job.trl["progress"]
+    assert progress["best"] == {"step": 3, "metric": "eval_loss", "value": checkpoint.metrics.valid_loss}
+    assert progress["metrics"]["padding_fraction"] < 1
+
+    from transformers import AutoModelForCausalLM
+
+    trained = AutoModelForCausalLM.from_pretrained(checkpoint.trl["path"])
+    base = AutoModelForCausalLM.from_pretrained(models / MODEL)
+    assert any(not weight.equal(other) for weight, other in zip(trained.parameters(), base.parameters(), strict=True))
 
 
 def test_a_model_that_cannot_be_loaded_fails_its_job_with_the_reason(client, server):

@@ -9,13 +9,20 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    MambaConfig,
+    MambaForCausalLM,
+    PreTrainedTokenizerBase,
+)
 
 from bento_service.errors import InvalidRequest
 from bento_service.training import manifest
 from bento_service.training.__main__ import main
 from bento_service.training.assistant_turns import IGNORED, marking_template, tokens_by_marks, tokens_by_prefix
 from bento_service.training.run_directory import Outcome, RunDirectory
+from bento_service.training.sft import require_rows_apart
 from tests.tiny_model import MARKED_CHAT_TEMPLATE, make_tiny_model
 from tests.trainer_run import (
     DEADLINE,
@@ -204,3 +211,10 @@ def test_a_template_that_changes_what_it_rendered_is_refused(tokenizer: PreTrain
     (row,) = [row for row in chat_rows(2) if len(row["messages"]) == 4]
     with pytest.raises(InvalidRequest, match="rows of prompt and completion"):
         tokens_by_prefix(forgetful, row["messages"])
+
+
+def test_packing_is_refused_where_rows_would_see_each_other(data: Path) -> None:
+    require_rows_apart(AutoModelForCausalLM.from_pretrained(data / "model"))
+    recurrent = MambaForCausalLM(MambaConfig(vocab_size=32, hidden_size=16, num_hidden_layers=2, state_size=4))
+    with pytest.raises(InvalidRequest, match=r"set sft\.packing to false"):
+        require_rows_apart(recurrent)
