@@ -36,6 +36,9 @@ CUDA_ROW_MULTIPLE = 512
 class CountingDPOTrainer(CountingTrainer, PackedDPOTrainer):
     sequences_per_row = 2  # the chosen and the rejected reply, each after the prompt
 
+    def further_passes(self) -> int:
+        return 0 if self.args.precompute_ref_log_probs else 1  # the reference's
+
     def batch_size(self, inputs: Mapping[str, Any]) -> BatchSize:
         size = super().batch_size(inputs)
         if "packed" not in inputs:

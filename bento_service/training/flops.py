@@ -7,8 +7,6 @@ Model FLOPs as in the PaLM paper's appendix B (arXiv 2204.02311), without its te
 import torch
 from torch import nn
 
-from bento_service.training.spec import TrainingSpec
-
 # Dense 16-bit tensor FLOP/s by what the device's name contains, the longer name first; from NVIDIA's data sheets.
 PEAK_FLOPS = {
     "GB200": 2500e12,
@@ -31,8 +29,8 @@ PEAK_FLOPS = {
 }
 
 
-def flops_per_position(model: nn.Module, spec: TrainingSpec) -> float:
-    """FLOPs that one position of a training batch takes.
+def flops_per_position(model: nn.Module, *, all_trained: bool, further_passes: int) -> float:
+    """FLOPs that one position of a training batch takes, with ``further_passes`` forward beside the trained one.
 
     All parameters count but embeddings that are only looked up; those that also serve as the output head count once.
     """
@@ -40,18 +38,8 @@ def flops_per_position(model: nn.Module, spec: TrainingSpec) -> float:
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
     if head is None or head.weight is not embeddings.weight:
         parameters -= embeddings.weight.numel()
-    backward = 4 if spec.options.tuning == "full" else 2
-    return float(parameters * (2 + backward + 2 * further_passes(spec)))
-
-
-def further_passes(spec: TrainingSpec) -> int:
-    """Forward passes beside the trained one: the reference model's, and both models' over KTO's mismatched rows."""
-    if spec.method == "dpo":
-        return 0 if spec.options.dpo.precompute_ref_log_probs else 1
-    if spec.method == "kto":
-        mismatched = spec.options.kto.loss_type == "kto"
-        return mismatched + (0 if spec.options.kto.precompute_ref_log_probs else 1 + mismatched)
-    return 0
+    backward = 4 if all_trained else 2
+    return float(parameters * (2 + backward + 2 * further_passes))
 
 
 def device_flops(model: nn.Module) -> float | None:

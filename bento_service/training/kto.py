@@ -25,7 +25,10 @@ from bento_service.training.throughput import CountingTrainer
 
 
 class CountingKTOTrainer(CountingTrainer, KTOTrainer):
-    pass
+    def further_passes(self) -> int:
+        # The policy over mismatched rows, and unless scored before, the reference over both.
+        mismatched = int(self.calculate_KL)
+        return mismatched + (0 if self.args.precompute_ref_log_probs else 1 + mismatched)
 
 
 def run(

@@ -48,6 +48,10 @@ class CountingTrainer(Trainer):
         self.totals = Totals()
         super().__init__(*args, **kwargs)
 
+    def further_passes(self) -> int:
+        """Forward passes of a batch beside the one that is trained."""
+        return 0
+
     def batch_size(self, inputs: Mapping[str, Any]) -> BatchSize:
         """The size of a batch as the collator made it, padded or, with position ids only, packed into one sequence."""
         positions: int = inputs["input_ids"].numel()
@@ -79,7 +83,9 @@ class Meter:
 
     def __init__(self, trainer: CountingTrainer, spec: TrainingSpec) -> None:
         self._totals = trainer.totals
-        self._flops_per_position = flops_per_position(trainer.model, spec)
+        self._flops_per_position = flops_per_position(
+            trainer.model, all_trained=spec.options.tuning == "full", further_passes=trainer.further_passes()
+        )
         # In float32 a GPU has another peak, with or without TF32.
         self._device_flops = device_flops(trainer.model) if trainer.args.bf16 or trainer.args.fp16 else None
         self._read = replace(trainer.totals)

@@ -13,9 +13,10 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from bento_service.training.dpo import CountingDPOTrainer
 from bento_service.training.flops import PEAK_FLOPS, device_flops, flops_per_position
+from bento_service.training.kto import CountingKTOTrainer
 from bento_service.training.lora import lora_config
 from bento_service.training.sft import CountingSFTTrainer
-from bento_service.training.spec import TrainingSpec
+from bento_service.training.spec import LoraOptions
 from bento_service.training.throughput import BatchSize, CountingTrainer, Meter, Totals, peak_memory
 from tests.tiny_model import make_tiny_model
 from tests.trainer_run import make_run
@@ -43,23 +44,23 @@ def test_a_batch_of_rows_padded_and_packed() -> None:
     assert size(CountingSFTTrainer, packed) == BatchSize(rows=3, tokens=7, computed=7, padding=0)
 
 
-def spec_of(folder: Path, **options: Any) -> TrainingSpec:
-    return make_run(folder, None, folder / "rows.jsonl", **options).read_spec()
-
-
 def test_flops_of_a_position(tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(make_tiny_model(tmp_path / "model"))
     weights = sum(parameter.numel() for parameter in model.parameters())  # the embeddings are the head too
-    supervised = spec_of(tmp_path / "a", method="supervised", tuning="full")
-    assert flops_per_position(model, supervised) == 6 * weights
-    assert flops_per_position(model, spec_of(tmp_path / "b", tuning="full")) == 8 * weights
-    scored_before = spec_of(tmp_path / "c", tuning="full", dpo={"precompute_ref_log_probs": True})
-    assert flops_per_position(model, scored_before) == 6 * weights
-    lora = spec_of(tmp_path / "d")
-    adapted = get_peft_model(model, lora_config(lora.options.lora, model))
+    assert flops_per_position(model, all_trained=True, further_passes=0) == 6 * weights
+    assert flops_per_position(model, all_trained=True, further_passes=1) == 8 * weights
+    adapted = get_peft_model(model, lora_config(LoraOptions(), model))
     both = sum(parameter.numel() for parameter in adapted.parameters())
     assert both > weights
-    assert flops_per_position(adapted, lora) == 6 * both
+    assert flops_per_position(adapted, all_trained=False, further_passes=0) == 4 * both
+
+
+@pytest.mark.parametrize(("scored_before", "dpo", "kto"), [(False, 1, 3), (True, 0, 1)])
+def test_passes_of_reference_models(scored_before: bool, dpo: int, kto: int) -> None:
+    trainer: Any = SimpleNamespace(args=SimpleNamespace(precompute_ref_log_probs=scored_before), calculate_KL=True)
+    assert CountingDPOTrainer.further_passes(trainer) == dpo
+    assert CountingKTOTrainer.further_passes(trainer) == kto
+    assert CountingSFTTrainer.further_passes(trainer) == 0
 
 
 def test_a_gpu_is_known_by_its_longest_name(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,9 +81,12 @@ def test_a_meter_reads_what_was_added_since(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr("bento_service.training.throughput.time.monotonic", lambda: clock.now)
     monkeypatch.setattr("bento_service.training.throughput.device_flops", lambda _: 1e9)
     trainer: Any = SimpleNamespace(
-        totals=Totals(rows=7, tokens=7, computed=7), model=model, args=SimpleNamespace(bf16=True, fp16=False)
+        totals=Totals(rows=7, tokens=7, computed=7),
+        model=model,
+        args=SimpleNamespace(bf16=True, fp16=False),
+        further_passes=lambda: 0,
     )
-    spec = spec_of(tmp_path / "run", method="supervised", tuning="full")
+    spec = make_run(tmp_path / "run", None, tmp_path / "rows.jsonl", method="supervised", tuning="full").read_spec()
     meter = Meter(trainer, spec)
     trainer.totals.rows += 4
     trainer.totals.tokens += 60
@@ -98,7 +102,9 @@ def test_a_meter_reads_what_was_added_since(tmp_path: Path, monkeypatch: pytest.
         "padding_fraction": 0.25,
         "tokens_per_second": 30.0,
         "rows_per_second": 2.0,
-        "model_flops_utilization": pytest.approx(60 * flops_per_position(model, spec) / 2e9),
+        "model_flops_utilization": pytest.approx(
+            60 * 6 * sum(parameter.numel() for parameter in model.parameters()) / 2e9
+        ),
     }
     assert set(meter.read()) == {"memory_peak_bytes"}
     assert peak_memory() < 10**12
