@@ -8,7 +8,7 @@ export UV_PYTHON := $(BIN)/python
 # The embedded model, as an ordinary Hugging Face folder; TRL_MODELS_DIR may point elsewhere.
 export TRL_MODELS_DIR ?= $(CURDIR)/.models
 
-.PHONY: setup demo test test-compat serve stack check bench model lock docs clean
+.PHONY: setup demo test test-compat serve stack check bench model lock lock-compat docs clean
 
 setup: $(VENV)/.ready
 

@@ -5,20 +5,26 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.bento_server import BentoServer, bento_server
 from tests.compat.environments import adapter_wheel, environment
 from tests.compat.releases import RELEASES, Release
-from tests.compat.stack import MODEL, Stack
+from tests.compat.stack import MODEL, Stack, dpo, sft
 from tests.compat.switch import Switch
 from tests.compat.table import Table
 from tests.fake_training_service import FakeTrainingService
 from tests.stack_server import REPOSITORY, stack_server
 from tests.tiny_model import make_tiny_model
+from tests.trainer_run import preference_rows
 
 START_SECONDS = 300
+CHATS = [
+    {"messages": [{"role": "user", "content": f"What is {i}?"}, {"role": "assistant", "content": f"It is {i}."}]}
+    for i in range(4)
+]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -107,3 +113,32 @@ def stack(server: Stack, service: BentoServer) -> Stack:
     """The release's server in front of the real service."""
     server.switch.to(service.url)
     return server
+
+
+@pytest.fixture(scope="session")
+def files(server: Stack, service: BentoServer) -> dict[str, str]:
+    """Dataset ids; for a release without datasets, ids of files at the service."""
+    server.switch.to(service.url)
+    return {"pairs": given(server, service.url, preference_rows(4)), "chats": given(server, service.url, CHATS)}
+
+
+@pytest.fixture(scope="session")
+def submitted(release: Release, server: Stack, files: dict[str, str]) -> dict[str, str]:
+    """A DPO and an SFT job that train while other cases are looked at."""
+    pairs = dpo(files["pairs"], None, release)
+    pairs["training_config"]["data_config"]["validation_dataset_id"] = files["pairs"]
+    jobs = {}
+    for name, call, body in (
+        ("dpo", "preference-optimize", pairs),
+        ("sft", "supervised-fine-tune", sft(files["chats"])),
+    ):
+        answer = server.post(call, body)
+        assert answer.status_code == 200, answer.text
+        jobs[name] = answer.json()["job_uuid"]
+    return jobs
+
+
+def given(server: Stack, service_url: str, rows: list[dict[str, Any]]) -> str:
+    if server.release.datasets is not None:
+        return server.register({"type": "rows", "rows": rows})
+    return server.upload(service_url, rows)

@@ -18,6 +18,8 @@ class Release:
     datasets: str | None = "/v1beta/datasets"  # where datasets are registered; None: it has none
     job_in_path: bool = False  # jobs/{job_uuid}/status; else job/status?job_uuid=
     both_routes: bool = False  # the adapter answers both
+    own_routes_work: bool = True  # the release's own job routes
+    modules: bool = True  # providers can be named by ``module:``
     config: str = "run_remote.yaml"
     algorithm: str = "beta"  # which DPOAlignmentConfig the release documents: beta, or reward
     provider_data: str = "X-LlamaStack-Provider-Data"
@@ -43,6 +45,7 @@ RELEASES = (
         datasets="/v1/datasets",
         client_datasets="datasets",
         algorithm="reward",
+        modules=False,
     ),
     Release(
         "0.2.15",
@@ -53,6 +56,7 @@ RELEASES = (
         datasets="/v1/datasets",
         client_datasets="datasets",
         algorithm="reward",
+        modules=False,
     ),
     Release(
         "0.2.16",
@@ -74,7 +78,15 @@ RELEASES = (
     ),
     Release("0.3.5", _CLI, _CLIENT, "alpha.post_training", client_datasets="datasets"),
     Release("0.4.7", _CLI, _CLIENT, "alpha.post_training"),
-    Release("0.5.4", _CLI, _CLIENT, "alpha.post_training", client_takes_job_uuid=False, both_routes=True),
+    Release(
+        "0.5.4",
+        _CLI,
+        _CLIENT,
+        "alpha.post_training",
+        client_takes_job_uuid=False,
+        both_routes=True,
+        own_routes_work=False,
+    ),
     Release(
         "0.6.1",
         _CLI,
@@ -92,6 +104,7 @@ RELEASES = (
         job_in_path=True,
         both_routes=True,
         config="run_external_api.yaml",
+        modules=False,
     ),
     Release(
         "ogx-1.5.0",
@@ -103,6 +116,7 @@ RELEASES = (
         job_in_path=True,
         both_routes=True,
         config="run_ogx.yaml",
+        modules=False,
         provider_data="X-OGX-Provider-Data",
     ),
 )

@@ -39,6 +39,13 @@ class Stack:
         self.http.post(self.release.datasets, json=body).raise_for_status()
         return dataset_id
 
+    def upload(self, service_url: str, rows: list[dict[str, Any]]) -> str:
+        """A file at the service itself, for releases without datasets."""
+        content = "".join(json.dumps(row) + "\n" for row in rows)
+        files = {"file": ("rows.jsonl", content)}
+        answer = httpx.post(f"{service_url}/v1/files", files=files, timeout=60, trust_env=False)
+        return str(answer.raise_for_status().json()["id"])
+
     def post(self, call: str, body: dict[str, Any], **headers: str) -> httpx.Response:
         return self.http.post(f"{self.release.prefix}/post-training/{call}", json=body, headers=headers)
 

@@ -3,13 +3,16 @@
 import base64
 import json
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.compat.conftest import START_SECONDS
 from tests.compat.releases import Release
 from tests.compat.stack import Stack, dpo, message, sft, training
 from tests.fake_training_service import FakeTrainingService
+from tests.stack_server import REPOSITORY, stack_server
 
 ROWS: list[dict[str, Any]] = [
     {"prompt": "What is 2 + 2?", "chosen": "4", "rejected": "5", "weight": 3},
@@ -307,3 +310,34 @@ def test_refusals_keep_the_connection(server: Stack, fake: FakeTrainingService, 
     for _ in range(3):
         assert server.optimize(dataset, algorithm_config={"beta": -1}).status_code == 400
         assert server.http.get(f"{server.release.prefix}/post-training/jobs").status_code == 200
+
+
+def test_provider_by_module(
+    release: Release, python: Path, server: Stack, fake: FakeTrainingService, dataset: str, tmp_path: Path
+) -> None:
+    """the provider by `module:`, and the release's own job routes alone"""
+    if not release.modules:
+        pytest.skip("this release loads providers from a folder, or the API as a whole")
+    config = (REPOSITORY / release.config).read_text()
+    by_module = config.replace("external_providers_dir: ./providers.d\n", "").replace(
+        "provider_type: remote::trl_remote\n",
+        "provider_type: remote::trl_remote\n      module: llama_stack_provider_trl_remote\n",
+    )
+    assert by_module.count("module:") == 1
+    (tmp_path / "run.yaml").write_text(by_module.replace("job_routes: both", "job_routes: native"))
+    job = server.optimize(dataset).json()["job_uuid"]
+    with stack_server(
+        tmp_path / "home",
+        server.switch.url,
+        config=tmp_path / "run.yaml",
+        python=str(python),
+        serve=release.serve,
+        start_seconds=START_SECONDS,
+    ) as process:
+        other = Stack(release, process, server.switch, python)
+        assert job in other.jobs()
+        if release.both_routes:
+            assert other.job("status", job, in_path=not release.job_in_path).status_code == 404
+        if release.own_routes_work:
+            status = other.status(job)
+            assert (status["job_uuid"], status["status"]) == (job, "scheduled")
