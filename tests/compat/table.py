@@ -1,4 +1,7 @@
-"""The table release x case: printed at the end of a run, and kept in docs/compatibility.md by a run of all."""
+"""The table release x case: printed at the end of a run and kept in docs/compatibility.md.
+
+A run of some releases (``--release``) renews their columns; a run of some cases (``-k``) is only printed.
+"""
 
 from pathlib import Path
 
@@ -33,8 +36,7 @@ class Table:
         terminalreporter.section("Llama Stack releases")
         for line in self._lines():
             terminalreporter.write_line(line)
-        tested = {release for outcomes in self._cases.values() for release in outcomes}
-        if tested == {release.name for release in RELEASES} and not self._config.option.keyword:
+        if not self._config.option.keyword and not any("::" in argument for argument in self._config.args):
             self._write()
 
     def _lines(self) -> list[str]:
@@ -48,7 +50,21 @@ class Table:
 
     def _write(self) -> None:
         before, begin, rest = self._document.read_text().partition(BEGIN)
-        _, end, after = rest.partition(END)
+        table, end, after = rest.partition(END)
         assert begin and end, f"{self._document} has no place for the table"
-        table = "".join(f"{line}\n" for line in self._lines())
-        self._document.write_text(f"{before}{BEGIN}\n{table}\n{END}{after}")
+        for case, outcomes in _read(table).items():
+            if case in self._cases:
+                self._cases[case] = outcomes | self._cases[case]
+        lines = "".join(f"{line}\n" for line in self._lines())
+        self._document.write_text(f"{before}{BEGIN}\n{lines}\n{END}{after}")
+
+
+def _read(table: str) -> dict[str, dict[str, str]]:
+    """What earlier runs saw."""
+    rows = [
+        [cell.strip() for cell in line.strip("| ").split("|")] for line in table.splitlines() if line.startswith("|")
+    ]
+    if not rows:
+        return {}
+    names = [name for name in rows[0] if name]
+    return {case: dict(zip(names, outcomes, strict=True)) for case, *outcomes in rows[2:]}

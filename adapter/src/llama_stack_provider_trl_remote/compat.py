@@ -81,15 +81,14 @@ def has_post_training() -> bool:
 
 
 def provider_spec(**fields: Any) -> Any:
-    """A RemoteProviderSpec. Up to 0.2.22 most of its fields are in an AdapterSpec, and ``module`` also beside it."""
+    """A RemoteProviderSpec. Up to 0.2.22 it holds an AdapterSpec, and some fields are wanted in both."""
     dependencies = [Api(name) for name in ("datasetio", "datasets") if name in {api.value for api in Api}]
     spec = {**fields, "api": Api("post_training"), "api_dependencies": dependencies}
     kind = _datatypes.RemoteProviderSpec
     if "adapter" not in kind.model_fields:
         return kind(**spec)
-    adapter = {key: spec.pop(key) for key in set(_datatypes.AdapterSpec.model_fields) & set(spec)}
-    module = {"module": fields["module"]} if "module" in kind.model_fields else {}
-    return kind(**{key: value for key, value in spec.items() if key in kind.model_fields} | module, adapter=adapter)
+    adapter = {key: value for key, value in spec.items() if key in _datatypes.AdapterSpec.model_fields}
+    return kind(**{key: value for key, value in spec.items() if key in kind.model_fields}, adapter=adapter)
 
 
 def dependencies(deps: dict[Any, Any]) -> dict[str, Any]:
