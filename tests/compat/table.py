@@ -61,10 +61,9 @@ class Table:
 
 def _read(table: str) -> dict[str, dict[str, str]]:
     """What earlier runs saw."""
-    rows = [
-        [cell.strip() for cell in line.strip("| ").split("|")] for line in table.splitlines() if line.startswith("|")
-    ]
+    lines = [line.removeprefix("|").removesuffix("|") for line in table.splitlines() if line.startswith("|")]
+    rows = [[cell.strip() for cell in line.split("|")] for line in lines]
     if not rows:
         return {}
-    names = [name for name in rows[0] if name]
+    names = rows[0][1:]
     return {case: dict(zip(names, outcomes, strict=True)) for case, *outcomes in rows[2:]}
