@@ -33,7 +33,9 @@ def _first(*names: str) -> ModuleType:
     )
 
 
-_datatypes = _first("ogx_api", "llama_stack_api", "llama_stack.providers.datatypes")
+# The oldest place first: `llama stack build` of 0.2 leaves a newer release's llama_stack_api behind, and nothing of an
+# older layout stays in a newer release.
+_datatypes = _first("llama_stack.providers.datatypes", "llama_stack_api", "ogx_api")
 Api = _datatypes.Api
 _request_headers = ("ogx.core.request_headers", "llama_stack.core.request_headers")
 
@@ -41,7 +43,7 @@ _request_headers = ("ogx.core.request_headers", "llama_stack.core.request_header
 def _stack_error(name: str) -> type[Exception] | None:
     """An error class of the stack's; 0.2.16 and earlier have none."""
     try:
-        errors = _first("ogx_api.common.errors", "llama_stack_api.common.errors", "llama_stack.apis.common.errors")
+        errors = _first("llama_stack.apis.common.errors", f"{_datatypes.__name__}.common.errors")
     except ModuleNotFoundError:
         return None
     found: type[Exception] | None = getattr(errors, name, None)
