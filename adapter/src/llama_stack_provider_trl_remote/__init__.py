@@ -13,11 +13,14 @@ async def get_adapter_impl(config: TrlRemoteConfig, deps: dict[Any, Any]) -> Any
     from . import compat, routes
     from .adapter import TrlRemoteAdapter
     from .errors import AdapterError
-    from .provider_methods import KeywordMethods, RequestMethods
+    from .provider_methods import KeywordMethods, NativeRequestMethods, RequestMethods
 
     compat.answer_errors(AdapterError)
     if config.job_routes == "both":
         compat.serve_routes(routes.create_router)
     apis = compat.dependencies(deps)
     adapter = TrlRemoteAdapter(config, datasets=apis.get("datasets"), datasetio=apis.get("datasetio"))
-    return RequestMethods(adapter) if compat.takes_requests() else KeywordMethods(adapter)
+    if not compat.takes_requests():
+        return KeywordMethods(adapter)
+    native = config.job_routes == "native" and compat.has_post_training()
+    return NativeRequestMethods(adapter) if native else RequestMethods(adapter)

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 from fastapi import Body as InBody
 from fastapi import Header
+from pydantic import BaseModel
 
 from .adapter import TrlRemoteAdapter
 from .caller import traced
@@ -147,3 +148,31 @@ def _as(kind: type[Body], request: Any) -> Any:
         return request
     # What was not sent stays unsent: the stack's defaults are no wish of the client's.
     return kind.model_validate(request.model_dump(mode="json", exclude_unset=True))
+
+
+class NativeRequestMethods(RequestMethods):
+    """For the routes of 0.5 and 0.6 themselves, which take no answers but their own types: plain values pass."""
+
+    async def supervised_fine_tune(self, request: Any) -> Any:
+        return _plain(await super().supervised_fine_tune(request))
+
+    async def preference_optimize(self, request: Any) -> Any:
+        return _plain(await super().preference_optimize(request))
+
+    async def get_training_jobs(self) -> Any:
+        return _plain(await super().get_training_jobs())
+
+    async def get_training_job_status(self, request: Any) -> Any:
+        return _plain(await super().get_training_job_status(request))
+
+    async def get_training_job_artifacts(self, request: Any) -> Any:
+        return _plain(await super().get_training_job_artifacts(request))
+
+
+def _plain(answer: BaseModel) -> dict[str, Any]:
+    """Without metrics of which some were not measured: Llama Stack's own type wants all of them."""
+    plain = answer.model_dump(mode="json")
+    for checkpoint in plain.get("checkpoints", ()):
+        if None in (checkpoint["training_metrics"] or {}).values():
+            checkpoint["training_metrics"] = None
+    return plain
