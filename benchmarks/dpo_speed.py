@@ -66,8 +66,8 @@ def load_pairs(data: Path | None, count: int) -> list[dict[str, Any]]:
         rng = random.Random(0)
 
         def text(mean: float, deviation: float) -> str:
-            return " ".join(rng.choice(["what", "can", "you", "tell", "me", "about", "this", "place", "and", "those", "who", "live", "there"])
-                            for _ in range(max(1, round(rng.lognormvariate(mean, deviation)))))  # fmt: skip
+            words = max(1, round(rng.lognormvariate(mean, deviation)))
+            return " ".join(rng.choice(["what", "can", "you", "tell", "me", "about", "this"]) for _ in range(words))
 
         return [
             {"prompt": text(*PROMPT_WORDS), "chosen": " " + text(*REPLY_WORDS), "rejected": " " + text(*REPLY_WORDS)}
@@ -128,8 +128,8 @@ def report(case: str, results: dict[str, list[dict[str, Any]]]) -> None:
         one = min(ours, key=lambda run: run["wall"])
         speed = one["flops"] / one["train_wall"]
         print(
-            f"limit: {one['matmul'] / 1e9:.0f} GFLOP/s in matrix products of {one['threads']} threads; the real tokens "
-            f"of the steps need {one['flops'] / 1e12:.2f} TFLOP; packed reached {speed / 1e9:.0f} GFLOP/s, "
+            f"limit: {one['matmul'] / 1e9:.0f} GFLOP/s in matrix products of {one['threads']} threads; the real "
+            f"tokens of the steps need {one['flops'] / 1e12:.2f} TFLOP; packed reached {speed / 1e9:.0f} GFLOP/s, "
             f"{speed / one['matmul']:.0%} of it. padding: {one['padding']:.1%}"
         )
 
@@ -191,10 +191,9 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         started = time.monotonic()
         trainer.train()
         ended = time.monotonic()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if on_gpu:
         peak = torch.cuda.max_memory_allocated()
-    else:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     tokens, computed, flops = count(trainer, ours)
     return {
         "wall": ended - began, "cpu": time.process_time() - cpu, "train_wall": ended - started, "peak": peak,

@@ -15,10 +15,12 @@ from bento_service.training.memory import (
     MemoryEstimate,
     MicroBatch,
     estimate,
+    packed_batch,
     padded_batch,
 )
 from bento_service.training.model_shape import ModelShape
 from bento_service.training.preview import Order, Preview, Refusal, refusal_of
+from bento_service.training.row_budget import row_tokens
 from bento_service.training.spec import TrainingSpec
 from bento_service.training.token_statistics import TokenStatistics
 
@@ -97,13 +99,21 @@ class Rehearsals:
             precision = spec.options.precision
         elif has_bf16(self._devices):
             precision = "bf16"
-        batch = None if tokens is None else largest_batch(spec, tokens)
-        found = estimate(spec, ModelShape.of(Path(spec.model_path)), precision, self._devices.kind, batch)
-        return MemoryNeed(estimate=found, precision=precision, capacity=device_memory(self._devices))
+        shape, capacity = ModelShape.of(Path(spec.model_path)), device_memory(self._devices)
+        row = row_tokens(spec, shape, self._devices.kind, precision, free=capacity)
+        batch = None if tokens is None else largest_batch(spec, tokens, row)
+        found = estimate(spec, shape, precision, self._devices.kind, batch)
+        return MemoryNeed(estimate=found, precision=precision, capacity=capacity)
 
 
-def largest_batch(spec: TrainingSpec, tokens: TokenStatistics) -> MicroBatch:
-    """The largest batch that the method's trainer can meet: one with the longest sequence in it, padded to that."""
+def largest_batch(spec: TrainingSpec, tokens: TokenStatistics, row: int) -> MicroBatch:
+    """The largest batch that the method's trainer can meet: one with the longest sequence in it, padded to that.
+
+    Packed DPO has rows of ``row`` tokens; for a model that cannot be packed, which shows when it is loaded, the answer
+    is too small.
+    """
+    if spec.method == "dpo" and spec.options.dpo.packing and tokens.largest_examples:
+        return packed_batch(tokens.largest_examples, row)
     if spec.method == "supervised" and spec.options.sft.packing:
         return padded_batch(spec.options.max_length, sequences=1, size=spec.batch_size)
     return padded_batch(tokens.longest, sequences=2 if spec.method == "dpo" else 1, size=spec.batch_size)

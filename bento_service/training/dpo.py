@@ -18,11 +18,12 @@ from bento_service.training.data import read_data
 from bento_service.training.devices import choose_precision, find_device
 from bento_service.training.events import EventWriter
 from bento_service.training.lora import lora_config
+from bento_service.training.model_shape import ModelShape
 from bento_service.training.models import load_model, load_tokenizer
 from bento_service.training.packed_dpo import PackedDPOTrainer
 from bento_service.training.packing import PackedBatch
 from bento_service.training.reference import ReferenceCache, precompute_pays
-from bento_service.training.row_budget import row_tokens
+from bento_service.training.row_budget import free_memory, row_tokens
 from bento_service.training.run_directory import RunDirectory
 from bento_service.training.session import train
 from bento_service.training.spec import TrainingSpec
@@ -71,6 +72,7 @@ def run(
     model = load_model(spec.model, folder, trust_remote_code=spec.trust_remote_code)
 
     events.write("message", f"tokenizing {len(data.train)} pairs")
+    shape = ModelShape.of(folder) if folder is not None else None
     precompute = precompute_pays(spec, rows=len(data.train))
     trainer = CountingDPOTrainer(
         model=model,
@@ -94,7 +96,7 @@ def run(
         processing_class=tokenizer,
         peft_config=lora_config(options.lora, model) if options.tuning == "lora" else None,
         pack=options.dpo.packing,
-        max_row_tokens=row_tokens(spec, device, precision),
+        max_row_tokens=row_tokens(spec, shape, device.kind, precision, free=free_memory(device)),
         row_multiple=CUDA_ROW_MULTIPLE if device.kind == "cuda" else 1,
         reference_cache=ReferenceCache(Path(spec.reference_cache)) if spec.reference_cache is not None else None,
     )

@@ -32,6 +32,8 @@ MOMENTS = {"adamw": 8, "adam": 8, "sgd": 0}  # bytes a trained parameter
 # trl.kernels.chunked_logprob: logits are made in tiles of so many tokens and vocabulary entries at most.
 _TILE_TOKENS = 4096
 _TILE_VOCABULARY = 32768
+# The same of bento_service.training.reply_head (which is not imported here: it imports torch).
+_PACKED_TILE = 1 << 23
 # float32 tensors of a tile's size that its backward pass holds at once. Where Triton works (CUDA) it is done in place.
 _TILE_COPIES = {"cuda": 1, "cpu": 9, "mps": 9}
 
@@ -55,6 +57,8 @@ class MicroBatch:
     tokens: int
     scored: int
     mask: int = 0
+    packed: bool = False  # scored by ``reply_head`` on a CPU
+    partial: bool = False  # one of several of a batch, whose gradients are added up
 
 
 def padded_batch(longest: int, *, sequences: int, size: int) -> MicroBatch:
@@ -63,12 +67,17 @@ def padded_batch(longest: int, *, sequences: int, size: int) -> MicroBatch:
     return MicroBatch(tokens=tokens, scored=tokens, mask=tokens * longest)
 
 
-def packed_batch(examples: Sequence[tuple[int, int]]) -> MicroBatch:
-    """One batch of a trainer without padding: whole rows one after the other, each with its prompt once.
+def packed_batch(examples: Sequence[tuple[int, int]], max_tokens: int) -> MicroBatch:
+    """The largest row of packed DPO: whole pairs one after the other, each with its prompt once.
 
-    ``examples`` are the rows' tokens, and those of them that are scored (``TokenStatistics.largest_examples``).
+    ``examples`` are the tokens of a batch's pairs, and those of them that are scored
+    (``TokenStatistics.largest_examples``); a row has ``max_tokens`` at most, unless one pair alone has more.
     """
-    return MicroBatch(tokens=sum(tokens for tokens, _ in examples), scored=sum(scored for _, scored in examples))
+    tokens, scored = (sum(column) for column in zip(*examples, strict=True))
+    most = max(max_tokens, max(pair for pair, _ in examples))
+    if tokens <= most:
+        return MicroBatch(tokens=tokens, scored=scored, packed=True)
+    return MicroBatch(tokens=most, scored=min(scored, most), packed=True, partial=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +129,7 @@ def estimate(
         optimizer=MOMENTS[options.optimizer.name] * trained,
         activations=activations,
         overhead=OVERHEAD[device],
-        accumulated=options.gradient_accumulation_steps > 1,
+        accumulated=options.gradient_accumulation_steps > 1 or (batch is not None and batch.partial),
     )
 
 
@@ -145,6 +154,8 @@ def activation_bytes(
     # Embeddings, the last norm (three float32 tensors), the head's input and its gradient, before and after reshaping.
     ends = 8 * 4 * model.hidden * batch.tokens
     tile = min(batch.scored, _TILE_TOKENS) * min(model.vocabulary, _TILE_VOCABULARY)
+    if batch.packed:
+        tile = min(tile, max(_PACKED_TILE, model.vocabulary))
     head = tile * (4 * _TILE_COPIES[device] if device != "cuda" else size)
     head_gradient = _WEIGHT * model.vocabulary * model.hidden if options.tuning == "full" else 0
     return round(_HELD[device] * (layers + ends + max(working, head + head_gradient)))

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate.utils import send_to_device
+from accelerate import Accelerator
+from accelerate.utils import gather_object, send_to_device
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from trl import DPOTrainer
@@ -23,7 +24,7 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.utils import FusedCausalLMOutput
 
-from bento_service.training import packed_attention
+from bento_service.training import packed_attention, reply_head
 from bento_service.training.packing import PackedBatch, PackedCollator, PackedRow, select_pairs
 from bento_service.training.reference import ReferenceCache, reference_key
 
@@ -62,6 +63,7 @@ class PackedDPOTrainer(DPOTrainer):
         reference_cache: where precomputed log-probabilities of the reference are kept for other runs.
     """
 
+    accelerator: Any
     data_collator: DataCollatorForPreference
     precompute_ref_logps: bool
     _metrics: dict[str, defaultdict[str, list[float]]]
@@ -178,7 +180,8 @@ class PackedDPOTrainer(DPOTrainer):
             precision=self.accelerator.mixed_precision,
         )
         known = self._reference_cache.add(dataset, key)
-        if known is not None:
+        # All processes or none: another job may store it between the looks of two of them.
+        if all(gather_object([known is not None])):
             self.reference_reused.append(name)
             return known
         scored = super()._precompute_ref_logps(dataset, name, batch_size)
@@ -249,12 +252,14 @@ class PackedDPOTrainer(DPOTrainer):
 
     @contextlib.contextmanager
     def _metrics_discarded(self) -> Iterator[None]:
-        metrics, tokens = self._metrics, self._total_train_tokens
+        """TRL's loss of a part of the batch: no metrics, and no gathering of them, since processes have other rows."""
+        metrics, tokens, accelerator = self._metrics, self._total_train_tokens, self.accelerator
         self._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}
+        self.accelerator = _Alone(accelerator)
         try:
             yield
         finally:
-            self._metrics, self._total_train_tokens = metrics, tokens
+            self._metrics, self._total_train_tokens, self.accelerator = metrics, tokens, accelerator
 
 
 def why_not_packed(config: PreTrainedConfig, max_length: int | None) -> str | None:
@@ -296,13 +301,12 @@ def take_packed_batches(model: PreTrainedModel) -> None:
             kwargs.pop(padded, None)
         outputs = []
         for row in packed.rows:
-            output = stock_forward(
-                input_ids=row.input_ids,
-                position_ids=row.position_ids,
-                shift_labels=row.targets,
-                packed_row=row,
-                **kwargs,
-            )
+            inputs = {"input_ids": row.input_ids, "position_ids": row.position_ids, "packed_row": row}
+            if reply_head.applies_to(self):
+                hidden = self.base_model(**inputs, use_cache=False).last_hidden_state
+                output = reply_head.score(self, hidden, row.targets)
+            else:
+                output = stock_forward(**inputs, shift_labels=row.targets, **kwargs)
             outputs.append(FusedCausalLMOutput(**{name: row.unpack(output.get(name)) for name in _PER_TOKEN}))
         return outputs[0] if len(outputs) == 1 else _join(outputs, packed)
 
@@ -324,6 +328,18 @@ class _Answer:
 
     def __call__(self, **kwargs: Any) -> FusedCausalLMOutput:
         return self._output
+
+
+class _Alone:
+    """An Accelerator's device, in a process that gathers from itself only."""
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.device = accelerator.device
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+    gather_for_metrics = gather
 
 
 def _score(model: nn.Module, inputs: dict[str, Any]) -> FusedCausalLMOutput:

@@ -1,10 +1,7 @@
 """How many tokens a packed row may have: as many as the memory allows, and no more than make it faster."""
 
-from pathlib import Path
-from typing import Literal
-
 from bento_service.training.devices import Device
-from bento_service.training.memory import MicroBatch, estimate
+from bento_service.training.memory import ComputePrecision, DeviceKind, MicroBatch, estimate
 from bento_service.training.model_shape import ModelShape
 from bento_service.training.spec import TrainingSpec
 
@@ -16,20 +13,27 @@ FEWEST_TOKENS = 256
 FILL = 0.8
 
 
-def row_tokens(spec: TrainingSpec, device: Device, precision: Literal["bf16", "fp16", "fp32"]) -> int:
+def row_tokens(
+    spec: TrainingSpec,
+    shape: ModelShape | None,
+    kind: DeviceKind,
+    precision: ComputePrecision,
+    *,
+    free: int | None,
+) -> int:
     """Tokens of a packed row: the user's number, or the largest power of two whose estimated memory is there.
 
-    A longer pair is a row of its own, so this bounds nothing but how many pairs share one.
+    A longer pair is a row of its own, so this bounds nothing but how many pairs share one. ``free`` is in bytes;
+    None, like a model whose shape is not known, leaves the limit of the device.
     """
     if spec.options.dpo.max_row_tokens is not None:
         return spec.options.dpo.max_row_tokens
-    tokens = MOST_TOKENS[device.kind]
-    if spec.model_path is None:
+    tokens = MOST_TOKENS[kind]
+    if shape is None or free is None:
         return tokens
-    shape, free = ModelShape.of(Path(spec.model_path)), free_memory(device)
     while tokens > FEWEST_TOKENS:
-        batch = MicroBatch(tokens=tokens, scored=tokens)
-        if estimate(spec, shape, precision, device.kind, batch).total <= FILL * free:
+        batch = MicroBatch(tokens=tokens, scored=tokens, packed=True, partial=True)
+        if estimate(spec, shape, precision, kind, batch).total <= FILL * free:
             break
         tokens //= 2
     return tokens

@@ -1,17 +1,30 @@
 """Packed DPO gives stock TRL's numbers: log-probabilities, losses, metrics, gradients, weights."""
 
 import itertools
+import json
+import os
 import random
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn.attention.flex_attention import flex_attention
+from transformers import AutoConfig
 from trl import DPOTrainer
 
-from bento_service.training.packed_dpo import COUPLED_LOSSES, PackedDPOTrainer
+from bento_service.training import packed_attention
+from bento_service.training.packed_dpo import COUPLED_LOSSES, PackedDPOTrainer, why_not_packed
+from bento_service.training.packing import PackedCollator, PackedRow
 from bento_service.training.spec import LossType
 from tests.exactness.trainers import Tuning, loss_and_gradients, make_pairs, make_trainer, perturb
 
+REPOSITORY = Path(__file__).resolve().parents[2]
 PAIRS = make_pairs(24)
 LOSSES = list(LossType.__args__)
 # A combination, and what changes the log-probabilities or the scores before the loss.
@@ -168,12 +181,12 @@ def test_checkpointed_activations(folders: dict[str, Path], tmp_path: Path) -> N
 
 
 def test_resumed_equals_uninterrupted(folders: dict[str, Path], tmp_path: Path) -> None:
-    settings = {"packed": True, "pairs": PAIRS, "max_steps": 8, "max_row_tokens": 90}
-    whole = make_trainer(folders["llama"], tmp_path / "whole", **settings)
+    arguments = {"packed": True, "pairs": PAIRS, "max_steps": 8, "max_row_tokens": 90}
+    whole = make_trainer(folders["llama"], tmp_path / "whole", **arguments)
     whole.train()
-    first = make_trainer(folders["llama"], tmp_path / "parts", **settings, save_strategy="steps", save_steps=4)
+    first = make_trainer(folders["llama"], tmp_path / "parts", **arguments, save_strategy="steps", save_steps=4)
     first.train()
-    second = make_trainer(folders["llama"], tmp_path / "parts", **settings)
+    second = make_trainer(folders["llama"], tmp_path / "parts", **arguments)
     second.train(resume_from_checkpoint=str(tmp_path / "parts" / "checkpoint-4"))
     assert history(second)[:8] == history(whole)[:8]
     for one, other in zip(whole.model.parameters(), second.model.parameters(), strict=True):
@@ -211,3 +224,140 @@ def test_coupled_losses_are_those_that_change_with_the_batch(trainers) -> None:
             coupled.add(loss)
     stock.precompute_ref_logps = False
     assert coupled == COUPLED_LOSSES
+
+
+def test_flex_attention_sees_what_the_trees_see(monkeypatch: pytest.MonkeyPatch, trainers) -> None:
+    """The block mask of the CUDA path, here without compiling."""
+    packed = trainers[1]
+    packed.data_collator.multiple_of = 32
+    (row,) = pack_rows(packed, 3)
+    packed.data_collator.multiple_of = 1
+    monkeypatch.setattr(packed_attention, "_compiled", lambda: flex_attention)
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(1, 4, row.tokens, 16, generator=generator)
+    key, value = (torch.randn(1, 2, row.tokens, 16, generator=generator) for _ in range(2))
+    by_tree = packed_attention._by_tree(row, query, key, value, None, 0.0)
+    by_mask = packed_attention._by_block_mask(row, query, key, value, None)
+    assert len(row.trees) > len(row.pairs)  # the last is filling
+    torch.testing.assert_close(by_mask, by_tree, rtol=1e-5, atol=1e-5)
+
+
+def pack_rows(trainer: PackedDPOTrainer, count: int) -> list[PackedRow]:
+    return trainer.data_collator(list(trainer.train_dataset)[:count])["packed"].rows
+
+
+TOKENS = st.integers(1, 3)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.lists(TOKENS, max_size=6), *[st.lists(TOKENS, min_size=1, max_size=6)] * 2),
+        min_size=1, max_size=6,
+    ),
+    st.integers(1, 30), st.integers(1, 9), st.sampled_from(["keep_start", "keep_end"]), st.integers(1, 20),
+)  # fmt: skip
+def test_rows_hold_every_prediction_once(pairs, max_tokens, multiple_of, mode, max_length) -> None:
+    """Few different tokens, so that replies often begin alike; each sequence is read back from its row."""
+    collator = PackedCollator(
+        pad_token_id=0, max_length=max_length, truncation_mode=mode, max_tokens=max_tokens, multiple_of=multiple_of
+    )
+    batch = collator(
+        [{"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected} for prompt, chosen, rejected in pairs]
+    )
+    assert sorted(pair for row in batch["packed"].rows for pair in row.pairs) == list(range(len(pairs)))
+    for row in batch["packed"].rows:
+        assert row.tokens % multiple_of == 0
+        assert len(row.pairs) == 1 or sum(tree.tokens for tree in row.trees[: len(row.pairs)]) <= max_tokens
+        # A prediction's value: the tokens that its position may see, and the token that it predicts.
+        seen = []
+        for source, target in zip(row.sources.tolist(), row.targets[0].tolist(), strict=True):
+            seen.append((*visible(row, source), target))
+        for number, pair in enumerate(row.pairs):
+            for half in range(2):
+                line = half * len(pairs) + pair
+                ids = batch["input_ids"][line][: int(batch["attention_mask"][line].sum())].tolist()
+                wanted = {
+                    (half * len(row.pairs) + number) * row.shape[1] + place - 1: (*ids[:place], ids[place])
+                    for place in range(1, len(ids))
+                    if batch["completion_mask"][line][place]
+                }
+                found = {
+                    place: seen[prediction]
+                    for place, prediction in zip(row.padded.tolist(), row.scored.tolist(), strict=True)
+                    if place // row.shape[1] == half * len(row.pairs) + number
+                }
+                assert found == wanted
+
+
+def visible(row: PackedRow, position: int) -> list[int]:
+    """The tokens that a position of a row sees, in the order of their positions."""
+    mask = packed_attention.block_mask(replace(row, block_masks={}), torch.device("cpu")).mask_mod
+    zero, places = torch.tensor(0), torch.arange(row.tokens)
+    sees = mask(zero, zero, torch.tensor(position), places)
+    order = row.position_ids[0][sees].argsort()
+    assert row.position_ids[0][sees][order].tolist() == list(range(int(sees.sum())))
+    return row.input_ids[0][sees][order].tolist()
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"sliding_window": 16, "use_sliding_window": True, "layer_types": ["sliding_attention"] * 2}, "16 tokens"),
+        ({"layer_types": ["linear_attention", "full_attention"]}, "linear_attention layers"),
+        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "dynamic position"),
+    ],
+    ids=["window", "recurrent", "rope"],
+)
+def test_what_cannot_be_packed_says_why(folders, change: dict[str, Any], reason: str) -> None:
+    config = AutoConfig.from_pretrained(folders["qwen3"])
+    assert why_not_packed(config, 48) is None
+    for name, value in change.items():
+        setattr(config, name, value)
+    assert reason in str(why_not_packed(config, 48))
+
+
+def test_a_window_that_no_pair_reaches_does_not_matter(folders) -> None:
+    config = AutoConfig.from_pretrained(folders["qwen3"])
+    config.sliding_window, config.use_sliding_window = 48, True
+    config.layer_types = ["sliding_attention", "full_attention"]
+    assert why_not_packed(config, 48) is None
+    assert why_not_packed(config, 49) is not None
+
+
+@pytest.mark.parametrize("fault", ["sees too much", "fails"])
+def test_a_packed_pass_that_differs_is_not_used(
+    monkeypatch: pytest.MonkeyPatch, folders: dict[str, Path], tmp_path: Path, fault: str
+) -> None:
+    """The check before training finds it, and the run gives TRL's numbers."""
+
+    def leaking(row: PackedRow, query, key, value, scaling, dropout):
+        if fault == "fails":
+            raise RuntimeError("no such kernel")
+        key, value = (tensor.repeat_interleave(query.shape[1] // tensor.shape[1], dim=1) for tensor in (key, value))
+        return torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling)
+
+    arguments = {"pairs": PAIRS[:8], "max_steps": 2}
+    stock = make_trainer(folders["llama"], tmp_path / "stock", packed=False, **arguments)
+    monkeypatch.setattr(packed_attention, "_by_tree", leaking)
+    trainer = make_trainer(folders["llama"], tmp_path / "packed", packed=True, falls_back=True, **arguments)
+    assert {"sees too much": "differs from a stock one", "fails": "no such kernel"}[fault] in str(trainer.fallback)
+    for each in (stock, trainer):
+        each.train()
+    assert history(trainer) == history(stock)
+
+
+def test_two_processes_equal_one(folders: dict[str, Path], tmp_path: Path) -> None:
+    """DDP over gloo: half of each batch in each process, several rows each."""
+    losses = {}
+    for processes in (1, 2):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        script = [str(REPOSITORY / "tests" / "exactness" / "ddp_run.py"), str(folders["qwen3"]), str(tmp_path)]
+        done = subprocess.run(
+            [*command, *script, str(8 // processes)], cwd=REPOSITORY, capture_output=True, text=True, timeout=240,
+            env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-2000:]
+        losses[processes] = json.loads(done.stdout.splitlines()[-1])
+    assert len(losses[1]) == 3
+    assert losses[2] == pytest.approx(losses[1], rel=1e-5)

@@ -59,6 +59,7 @@ def make_trainer(
     max_row_tokens: int = 150,
     row_multiple: int = 1,
     reference_cache: ReferenceCache | None = None,
+    falls_back: bool = False,
     **settings: Any,
 ) -> DPOTrainer:
     """A trainer in float32 on the CPU; ``settings`` go to DPOConfig."""
@@ -90,7 +91,7 @@ def make_trainer(
         **own,
     )  # fmt: skip
     if packed:
-        assert trainer.fallback is None
+        assert (trainer.fallback is not None) == falls_back
     return trainer
 
 

@@ -1,9 +1,12 @@
 """Memory by arithmetic: what each setting adds or saves. ``benchmarks/memory.py`` compares with real runs."""
 
+from dataclasses import replace
+
 import pytest
 
 from bento_service.training.memory import OVERHEAD, estimate, packed_batch, padded_batch
 from bento_service.training.model_shape import Architecture, ModelShape
+from bento_service.training.row_budget import FEWEST_TOKENS, FILL, MOST_TOKENS, row_tokens
 from tests.job_factory import make_job
 
 ARCHITECTURE = Architecture(
@@ -19,7 +22,7 @@ def memory(batch=None, precision="fp32", device="cuda", shape=SHAPE, **options):
 
 
 def test_full_fine_tuning_keeps_weights_reference_gradients_and_two_moments():
-    found = memory(tuning="full")
+    found = memory(tuning="full", dpo={"precompute_ref_log_probs": False})
     assert (found.weights, found.reference, found.gradients) == (4 * PARAMETERS,) * 3
     assert found.optimizer == 8 * PARAMETERS
     assert found.certain == 20 * PARAMETERS
@@ -28,7 +31,7 @@ def test_full_fine_tuning_keeps_weights_reference_gradients_and_two_moments():
 
 def test_what_saves_memory_is_not_counted():
     assert memory(tuning="full", optimizer={"name": "sgd"}).optimizer == 0
-    assert memory(tuning="full", dpo={"precompute_ref_log_probs": True}).reference == 0
+    assert memory(tuning="full").reference == 0  # scored before training
     lora = memory(lora={"rank": 4})
     assert lora.reference == 0
     assert (lora.gradients, lora.weights) == (4 * 4 * 128, 4 * (PARAMETERS + 4 * 128))
@@ -50,7 +53,7 @@ def test_autocast_keeps_copies_of_the_layers_weights():
 )
 def test_a_token_costs_a_layer_what_autograd_keeps(tuning, precision, a_token):
     """The slope over layers, so that what is outside of them and the logits do not count."""
-    batch = packed_batch([(1000, 500)])
+    batch = packed_batch([(1000, 500)], 2048)
     deeper = ModelShape(
         tensors=SHAPE.tensors,
         architecture=Architecture(**{**vars(ARCHITECTURE), "layers": 12}),
@@ -98,7 +101,7 @@ def test_the_coefficients_are_those_of_autograd_today():
 def test_batches_are_padded_to_the_longest_or_packed_with_the_prompt_once():
     padded = padded_batch(100, sequences=2, size=4)
     assert (padded.tokens, padded.scored, padded.mask) == (800, 800, 80_000)
-    packed = packed_batch([(90, 40), (50, 20)])
+    packed = packed_batch([(90, 40), (50, 20)], 2048)
     assert (packed.tokens, packed.scored, packed.mask) == (140, 60, 0)
     assert memory(packed).activations < memory(padded).activations
 
@@ -123,3 +126,22 @@ def test_an_unknown_architecture_has_no_activations():
     found = memory(padded_batch(100, sequences=2, size=4), shape=ModelShape(tensors=SHAPE.tensors, architecture=None))
     assert found.activations is None
     assert found.total > found.certain
+
+
+def test_a_row_of_packed_pairs_bounds_what_is_computed_at_a_time():
+    row = packed_batch([(900, 400), (600, 200), (500, 100)], 1024)
+    assert (row.tokens, row.scored, row.partial) == (1024, 700, True)
+    assert packed_batch([(3000, 400), (500, 100)], 1024).tokens == 3000  # one pair is never cut in two
+
+
+def test_rows_take_as_many_tokens_as_memory_allows():
+    spec = make_job(options={}).spec
+    most = row_tokens(spec, SHAPE, "cpu", "fp32", free=None)
+    assert row_tokens(spec, SHAPE, "cpu", "fp32", free=1 << 50) == most == MOST_TOKENS["cpu"]
+    deep = ModelShape(tensors=SHAPE.tensors, architecture=Architecture(**{**vars(ARCHITECTURE), "layers": 4000}))
+    batch = packed_batch([(most // 2, most // 2), (most, most)], most // 2)
+    half = memory(replace(batch, tokens=most // 2, scored=most // 2, partial=True), device="cpu", shape=deep).total
+    assert row_tokens(spec, deep, "cpu", "fp32", free=int(half / FILL) + 9) == most // 2
+    assert row_tokens(spec, deep, "cpu", "fp32", free=1) == FEWEST_TOKENS
+    own = make_job(options={"dpo": {"max_row_tokens": 77}}).spec
+    assert row_tokens(own, deep, "cpu", "fp32", free=1) == 77
