@@ -47,8 +47,9 @@ check: setup
 	$(BIN)/ruff check
 	$(BIN)/mypy
 
-bench: setup
+bench: model
 	$(BIN)/python benchmarks/engine.py
+	$(BIN)/python benchmarks/dpo_speed.py "$(TRL_MODELS_DIR)/HuggingFaceTB/SmolLM2-135M-Instruct"
 
 # Resolve anew. Everything is in dev.txt; service.txt is the part of it that the Bento needs.
 lock: setup
