@@ -88,6 +88,7 @@ def run(
             discopop_tau=options.dpo.discopop_tau,
             use_weighting=options.dpo.use_weighting,
             precompute_ref_log_probs=precompute,
+            truncation_mode=options.dpo.truncation_mode,
             # TRL's disable_dropout also turns the adapter's dropout off, so it is left out when that is wanted.
             disable_dropout=options.tuning == "full" or options.lora.dropout == 0,
         ),
@@ -146,6 +147,6 @@ def report_lengths(dataset: Dataset, given: int, max_length: int, param: str, ev
     if cut:
         events.write(
             "message",
-            f"{param}: {cut} of {given} pairs are longer than {max_length} tokens: their replies are cut",
+            f"{param}: {cut} of {given} pairs are longer than {max_length} tokens: they are cut",
             level="warn",
         )

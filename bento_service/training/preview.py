@@ -231,7 +231,11 @@ def _row_tokens(batch: list[Row], tokenizer: "PreTrainedTokenizerBase", replies_
 
 def _tallies(spec: TrainingSpec) -> tuple[TokenTally, TokenTally]:
     evaluated = spec.options.evaluation.batch_size or spec.batch_size
-    return TokenTally(spec.options.max_length, spec.batch_size), TokenTally(spec.options.max_length, evaluated)
+    keeps_end = spec.method == "dpo" and spec.options.dpo.truncation_mode == "keep_end"
+    return (
+        TokenTally(spec.options.max_length, spec.batch_size, keeps_end=keeps_end),
+        TokenTally(spec.options.max_length, evaluated, keeps_end=keeps_end),
+    )
 
 
 def _held_out(rows: int, fraction: float, seed: int) -> list[int]:

@@ -118,6 +118,11 @@ class DpoOptions(Options):
     )
     discopop_tau: float = Field(default=0.05, gt=0, description="Temperature of the discopop loss.")
     use_weighting: bool = Field(default=False, description="Weight pairs by policy probability (WPO).")
+    truncation_mode: Literal["keep_start", "keep_end"] = Field(
+        default="keep_start",
+        description="What stays of a sequence longer than max_length. With keep_start, pairs whose prompt alone fills "
+        "it are left out.",
+    )
     precompute_ref_log_probs: bool | None = Field(
         default=None,
         description="Score the data with the reference model once, before training. Default: where that pays, in full "

@@ -35,7 +35,7 @@ class TokenStatistics(BaseModel):
     left_out: int = Field(
         description="Rows whose prompt alone has max_length tokens or more: they are not trained on."
     )
-    cut: int = Field(description="Rows of which a reply is cut at max_length.")
+    cut: int = Field(description="Rows of which something is cut at max_length.")
     lengths: dict[str, Distribution] = Field(description="By column.")
     longest: int = Field(description="Tokens of the longest sequence, prompt and reply, after cutting.")
     tokens: int = Field(
@@ -61,8 +61,9 @@ class TokenTally:
     Memory grows with the number of different lengths, not of rows.
     """
 
-    def __init__(self, max_length: int, batch_size: int) -> None:
+    def __init__(self, max_length: int, batch_size: int, *, keeps_end: bool = False) -> None:
         self._max_length = max_length
+        self._keeps_end = keeps_end  # of sequences that are cut: then no row is left out
         self._batch_size = batch_size
         self._tokenized = 0
         self._rows = 0.0
@@ -81,18 +82,21 @@ class TokenTally:
         self._sequences = len(row.replies)
         for column, length in zip(COLUMNS[len(row.replies)], (row.prompt, *row.replies), strict=True):
             self._lengths[column][length] += weight  # type: ignore[assignment]
-        if row.is_dropped(self._max_length):
+        if row.is_dropped(self._max_length) and not self._keeps_end:
             self._left_out += weight
             return
         if row.is_cut(self._max_length):
             self._cut += weight
         sequences = row.sequences(self._max_length)
+        shared = row.prompt
+        if self._keeps_end and row.is_cut(self._max_length):
+            shared = 0  # the sequences begin at other tokens of the prompt
+        replies = sum(sequences) - len(sequences) * shared
         self._tokens += weight * sum(sequences)
-        self._shared += weight * row.prompt * (len(sequences) - 1)
+        self._shared += weight * shared * (len(sequences) - 1)
         self._widths[max(sequences)] += weight  # type: ignore[assignment]
-        replies = sum(sequences) - len(sequences) * row.prompt
         push = heapq.heappush if len(self._largest) < self._batch_size else heapq.heappushpop
-        push(self._largest, (row.prompt + replies, replies))
+        push(self._largest, (shared + replies, min(replies, sum(row.replies))))
 
     def statistics(self, rows: int) -> TokenStatistics:
         """``rows`` is how many there are, tokenized or not."""

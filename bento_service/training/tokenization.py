@@ -40,7 +40,7 @@ class RowTokens:
         return self.prompt >= max_length
 
     def is_cut(self, max_length: int) -> bool:
-        return self.prompt < max_length < self.prompt + max(self.replies)
+        return max_length < self.prompt + max(self.replies)
 
 
 def row_tokens(

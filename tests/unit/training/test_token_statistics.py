@@ -10,8 +10,8 @@ from bento_service.training.token_statistics import TokenTally, padded_tokens
 from bento_service.training.tokenization import RowTokens
 
 
-def tally(rows, *, max_length=100, batch_size=2):
-    found = TokenTally(max_length, batch_size)
+def tally(rows, *, max_length=100, batch_size=2, keeps_end=False):
+    found = TokenTally(max_length, batch_size, keeps_end=keeps_end)
     for row in rows:
         found.add(row)
     return found.statistics(len(rows))
@@ -25,6 +25,14 @@ def test_rows_are_cut_and_left_out_at_max_length():
     assert found.longest == 100
     # The largest two with the prompt once: 99 + 1 + 1 and 90 + 10 + 10, the longer reply being cut.
     assert found.largest_examples == [(110, 20), (101, 2)]
+
+
+def test_what_keeps_its_end_is_never_left_out_and_shares_no_prompt_once_cut():
+    found = tally([RowTokens(10, (5, 20)), RowTokens(100, (30, 1))], keeps_end=True)
+    assert (found.trained, found.left_out, found.cut) == (2, 0, 1)
+    assert found.tokens == (15 + 30) + (100 + 100)
+    assert found.shared_prompt_tokens == 10
+    assert found.largest_examples == [(200, 31), (35, 25)]
 
 
 def test_lengths_by_column():
