@@ -20,6 +20,7 @@ from pathlib import Path
 
 from bento_service.errors import TrlRemoteError
 from bento_service.training import checkpoints, manifest, spare
+from bento_service.training.devices import limit_threads
 from bento_service.training.events import EventWriter
 from bento_service.training.lease import LeaseWatch
 from bento_service.training.recipes import RECIPES
@@ -98,6 +99,7 @@ def _train(run: RunDirectory, events: EventWriter, stop: StopSwitch, attempt: in
         events.write("message", f"{torn.name} was not saved to the end: deleted", level="warn", removed=str(torn))
     checkpoints.report_missed(events, run)
     recipe = importlib.import_module(RECIPES[spec.method])
+    limit_threads()
     # A million objects that stay to the end. Else the garbage collector walks them again and again, 0.3 s for each
     # full collection; accelerate asks for one before the first step.
     gc.freeze()

@@ -1,5 +1,6 @@
 """Where a trainer runs and in which precision."""
 
+import os
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,6 +13,18 @@ Precision = Literal["auto", "bf16", "fp16", "fp32"]
 class Device:
     kind: Literal["cuda", "mps", "cpu"]
     has_bf16: bool  # computes in bfloat16 natively (a GPU), or at all (a CPU)
+
+
+def limit_threads() -> None:
+    """Let PyTorch use as many CPU threads as OMP_NUM_THREADS says.
+
+    PyTorch reads the variable when it is loaded; a spare trainer has loaded it before it knows its job's environment.
+    """
+    import torch
+
+    threads = os.environ.get("OMP_NUM_THREADS", "")
+    if threads.isdecimal() and int(threads) > 0:
+        torch.set_num_threads(int(threads))
 
 
 def find_device(wanted: Literal["auto", "cuda", "cpu", "mps"]) -> Device:
