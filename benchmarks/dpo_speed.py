@@ -166,7 +166,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     ours = job["trainer"] == "packed"
     settings: dict[str, Any] = {}
     if ours:
-        settings = {"max_row_tokens": 16384 if on_gpu else 2048, "row_multiple": 512 if on_gpu else 1}
+        settings = {"max_row_tokens": 8192 if on_gpu else 2048, "row_multiple": 128 if on_gpu else 1}
     elif job["trainer"] == "stack":
         settings = {"ref_model": load()}
     with tempfile.TemporaryDirectory() as output:

@@ -30,8 +30,8 @@ from bento_service.training.spec import TrainingSpec
 from bento_service.training.stop import StopSwitch
 from bento_service.training.throughput import BatchSize, CountingTrainer
 
-# FlexAttention is compiled for each number of tokens, so on CUDA rows have few of them.
-CUDA_ROW_MULTIPLE = 512
+# FlexAttention works in blocks of so many tokens.
+CUDA_ROW_MULTIPLE = 128
 
 
 class CountingDPOTrainer(CountingTrainer, PackedDPOTrainer):

@@ -10,6 +10,7 @@ from functools import cache
 from typing import Any
 
 import torch
+import torch._dynamo
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
@@ -111,4 +112,7 @@ def block_mask(row: PackedRow, device: torch.device) -> BlockMask:
 
 @cache
 def _compiled() -> Callable[..., Tensor]:
-    return torch.compile(flex_attention, dynamic=False)
+    # Compiled for one shape, and for any at the second; more often only where precision or gradients differ. Past the
+    # limit PyTorch would make the matrix of all scores instead.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)
+    return torch.compile(flex_attention)

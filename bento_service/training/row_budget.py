@@ -6,7 +6,7 @@ from bento_service.training.model_shape import ModelShape
 from bento_service.training.spec import TrainingSpec
 
 # Beyond this many tokens matrix products gain nothing, and the row's activations only take memory.
-MOST_TOKENS = {"cpu": 2048, "mps": 4096, "cuda": 16384}
+MOST_TOKENS = {"cpu": 2048, "mps": 4096, "cuda": 8192}
 FEWEST_TOKENS = 256
 
 # The part of the free memory that the estimate may fill; what is left is for what it does not know.
