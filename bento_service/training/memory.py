@@ -42,7 +42,7 @@ _TILE_COPIES = {"cuda": 1, "cpu": 9, "mps": 9}
 _HELD = {"cuda": 1.1, "cpu": 1.4, "mps": 1.4}
 
 # A process that has imported torch, transformers, trl, peft and datasets and trained a model of no size (measured on
-# Linux with CPU). For CUDA: its context and cuBLAS workspaces, taken from PyTorch's documentation, not measured.
+# Linux with CPU). For CUDA its context and libraries' workspaces come to about 1 GB: a guess, not measured.
 OVERHEAD = {"cuda": 1_000_000_000, "cpu": 750_000_000, "mps": 1_000_000_000}
 
 
