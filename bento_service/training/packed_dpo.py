@@ -109,7 +109,8 @@ class PackedDPOTrainer(DPOTrainer):
             **vars(self._stock_collator), max_tokens=self.max_row_tokens, multiple_of=self._row_multiple
         )
         self._set_attention(packed=True)
-        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):  # these have no whole model before training
+        whole_model = not (self.is_fsdp_enabled or self.is_deepspeed_enabled)  # before training
+        if whole_model and len(self.train_dataset):
             self._check()
 
     def _why_not_here(self) -> str | None:
@@ -169,6 +170,8 @@ class PackedDPOTrainer(DPOTrainer):
 
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
         self.pack()  # TRL computes these at the end of its own __init__
+        if not len(dataset):  # every pair was left out, which the recipe tells
+            return dataset
         if self._reference_cache is None or self.is_fsdp_enabled or self.is_deepspeed_enabled:
             return super()._precompute_ref_logps(dataset, name, batch_size)
         key = reference_key(

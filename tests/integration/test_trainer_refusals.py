@@ -91,6 +91,7 @@ def test_message_rows_for_a_model_without_a_chat_template(tmp_path: Path, rows: 
         ({"lora": {"target_modules": ["lm_head"]}}, "['lm_head'] cannot be adapted"),
         ({"lora": {"target_modules": ["q_proj", "query"]}}, "['query'] cannot be adapted"),
         ({"max_length": 8}, "the prompt of every pair alone has 8 tokens or more"),
+        ({"max_length": 8, "tuning": "full"}, "the prompt of every pair alone has 8 tokens or more"),
     ],
 )
 def test_options_that_do_not_fit(tmp_path: Path, model: Path, rows: Path, options: dict[str, Any], says: str) -> None:
