@@ -19,6 +19,9 @@ structlog.configure(
     ]
 )
 
+# Of the tests and of the trainers that they start: threads on tiny tensors cost more than they save.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 COMPAT = Path(__file__).parent / "compat"
 
 
