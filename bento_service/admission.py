@@ -119,6 +119,10 @@ class Admission:
                 "precision fp16 needs a GPU, and this host trains on its CPU: use auto, fp32 or bf16.",
                 param="trl.precision",
             )
+        if request.options.tf32 and here.kind != "cuda":
+            raise ResourcesExceeded(
+                f"tf32 needs an NVIDIA GPU, and this host trains on {here.describe()}: leave it out.", param="trl.tf32"
+            )
 
     def _require_room(self, spec: TrainingSpec) -> None:
         if spec.model_path is not None:

@@ -2,7 +2,7 @@
 
 from typing import Any, Literal
 
-from bento_service.training.devices import Device
+from bento_service.training.devices import Device, choose_tf32
 from bento_service.training.run_directory import RunDirectory
 from bento_service.training.spec import TrainingSpec
 
@@ -13,7 +13,10 @@ OPTIMIZERS = {"adamw": "adamw_torch_fused", "adam": "adamw_torch_fused", "sgd": 
 def shared_arguments(
     spec: TrainingSpec, run: RunDirectory, device: Device, precision: Literal["bf16", "fp16", "fp32"]
 ) -> dict[str, Any]:
-    """Keyword arguments of DPOConfig, SFTConfig and their like; a recipe adds its objective."""
+    """Keyword arguments of DPOConfig, SFTConfig and their like; a recipe adds its objective.
+
+    Raises InvalidRequest for options that the device cannot fulfil.
+    """
     options = spec.options
     return {
         "output_dir": str(run.checkpoints),
@@ -21,6 +24,7 @@ def shared_arguments(
         "use_cpu": device.kind == "cpu",
         "bf16": precision == "bf16",
         "fp16": precision == "fp16",
+        "tf32": choose_tf32(options.tf32, device),
         # The data
         "max_length": options.max_length,
         "train_sampling_strategy": "random" if options.shuffle else "sequential",

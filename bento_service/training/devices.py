@@ -43,6 +43,23 @@ def find_device(wanted: Literal["auto", "cuda", "cpu", "mps"]) -> Device:
     return Device(kind="cpu", has_bf16=True)
 
 
+def choose_tf32(wanted: bool, device: Device) -> bool | None:
+    """The ``tf32`` of transformers' TrainingArguments; None leaves PyTorch as it is, which computes in float32.
+
+    Raises InvalidRequest where there is no TF32.
+    """
+    if not wanted:
+        return None
+    from transformers.utils import is_torch_tf32_available
+
+    if device.kind != "cuda" or not is_torch_tf32_available():
+        raise InvalidRequest(
+            "tf32 needs an NVIDIA GPU of compute capability 8.0 or more, which this device is not: leave it out",
+            param="tf32",
+        )
+    return True
+
+
 def choose_precision(wanted: Precision, device: Device) -> Literal["bf16", "fp16", "fp32"]:
     """The precision of the forward and backward pass; weights and optimizer stay in float32.
 

@@ -166,7 +166,9 @@ class PackedDPOTrainer(DPOTrainer):
 
     @property
     def _compute_dtype(self) -> torch.dtype:
-        return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.accelerator.mixed_precision, torch.float32)
+        """As exact as matrix products are; TF32's factors have as many bits as those of float16."""
+        full = torch.float16 if self.args.tf32 else torch.float32
+        return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.accelerator.mixed_precision, full)
 
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
         self.pack()  # TRL computes these at the end of its own __init__
@@ -181,6 +183,7 @@ class PackedDPOTrainer(DPOTrainer):
             truncation_mode=self.args.truncation_mode,
             ld_alpha=self.ld_alpha,
             precision=self.accelerator.mixed_precision,
+            tf32=self.args.tf32,
         )
         known = self._reference_cache.add(dataset, key)
         # All processes or none: another job may store it between the looks of two of them.

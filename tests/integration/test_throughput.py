@@ -65,11 +65,16 @@ def test_passes_of_reference_models(scored_before: bool, dpo: int, kto: int) -> 
 
 def test_a_gpu_is_known_by_its_longest_name(monkeypatch: pytest.MonkeyPatch) -> None:
     on_gpu: Any = SimpleNamespace(parameters=lambda: iter([SimpleNamespace(device=torch.device("cuda", 0))]))
-    for name, peak in [("NVIDIA H100 PCIe", 756e12), ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA A10G", 70e12)]:
+    for name, peak in [
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("Tesla V100-PCIE-16GB", 112e12),
+    ]:
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda _, name=name: name)
         assert device_flops(on_gpu) == peak
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Something else")
-    assert device_flops(on_gpu) is None
+    for name in ("Something else", "NVIDIA RTX A4000", "NVIDIA A10G", "NVIDIA T400 4GB"):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda _, name=name: name)
+        assert device_flops(on_gpu) is None
     names = list(PEAK_FLOPS)
     shadowed = [(a, b) for i, a in enumerate(names) for b in names[i + 1 :] if a in b]
     assert shadowed == []  # a name that is part of another comes after it

@@ -132,6 +132,7 @@ def test_names_of_trained_models_differ_between_jobs_of_one_suffix(impl, file_id
         ({"model": "../tiny"}, {}, UnknownModel, "model", "tiny"),
         ({}, {"devices": 7}, ResourcesExceeded, "trl.devices", "7 devices.*1 CPU slot"),
         ({}, {"precision": "fp16"}, ResourcesExceeded, "trl.precision", "fp16 needs a GPU"),
+        ({}, {"tf32": True}, ResourcesExceeded, "trl.tf32", "1 CPU slot"),
         ({"suffix": "a/b"}, {}, InvalidRequest, "suffix", "a/b"),
     ],
 )
