@@ -8,7 +8,7 @@ export UV_PYTHON := $(BIN)/python
 # The embedded model, as an ordinary Hugging Face folder; TRL_MODELS_DIR may point elsewhere.
 export TRL_MODELS_DIR ?= $(CURDIR)/.models
 
-.PHONY: setup demo test test-compat serve stack check bench model lock lock-compat docs clean
+.PHONY: setup demo test test-compat bento serve stack check bench model lock lock-compat docs clean
 
 setup: $(VENV)/.ready
 
@@ -35,6 +35,14 @@ test: setup
 # An environment, a server and a client of each release of Llama Stack; writes the table of docs/compatibility.md.
 test-compat: setup
 	$(BIN)/python -m pytest tests/compat --timeout 900
+
+# The Bento, checked, in BentoML's own store (BENTOML_HOME, by default ~/bentoml).
+bento: setup
+	$(BIN)/python -m pytest tests/integration/test_bento.py
+	BENTOML_DO_NOT_TRACK=true $(BIN)/bentoml build --output tag
+	@echo "Serve it here:      $(BIN)/bentoml serve trl_training_service:latest"
+	@echo "Make an image:      $(BIN)/bentoml containerize trl_training_service:latest -t trl-remote:latest"
+	@echo "What comes then:    docs/deployment.md"
 
 serve: model
 	$(BIN)/python bento_service/service.py

@@ -79,7 +79,8 @@ class _GuardedService(bentoml.Service[Any]):
     name="trl_training_service",
     service_class=_GuardedService,
     http={"port": 8080},
-    resources={"gpu": 1},  # for BentoCloud; a host without one serves just as well
+    # For BentoCloud, where a deployment may ask for another (docs/deployment.md). A host without a GPU serves as well.
+    resources={"gpu": 1, "gpu_type": "nvidia-l4"},
     workers=1,
     threads=4,
     # BentoML keeps a timer of about 5 kB per request for this long, answered or not (seconds).

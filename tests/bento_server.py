@@ -37,11 +37,15 @@ def bento_server(
     models: Path | None = None,
     environment: dict[str, str] | None = None,
     as_script: bool = False,
+    served: str = SERVICE,
+    where: Path | None = None,
     ready_seconds: float = 120,
 ) -> Iterator[BentoServer]:
     """``bentoml serve`` on a free port, or ``python service.py``; all its state lies under ``directory``.
 
-    ``models`` is its TRL_MODELS_DIR; ``environment`` is added last. Ready when this enters: the store answers and a
+    ``models`` is its TRL_MODELS_DIR; ``environment`` is added last. ``served`` is what ``bentoml serve`` is told: of
+    a Bento's tag or ``.`` the code is in the Bento or in ``where``, the working directory (by default ``directory``),
+    and the checkout is not on the path. Ready when this enters: the store answers and a
     supervisor is alive. Raises RuntimeError with the log when it ends early or is not ready in ``ready_seconds``.
     """
     directory.mkdir(parents=True, exist_ok=True)
@@ -66,9 +70,12 @@ def bento_server(
         command, where = [sys.executable, "service.py"], REPOSITORY / "bento_service"
     else:
         # Served from elsewhere, so that nothing may depend on the working directory.
-        variables["PYTHONPATH"] = os.pathsep.join(filter(None, [str(REPOSITORY), inherited.get("PYTHONPATH")]))
-        command = [sys.executable, "-m", "bentoml", "serve", SERVICE, "--host", "127.0.0.1", "--port", str(port)]
-        where = directory
+        if served == SERVICE:
+            variables["PYTHONPATH"] = os.pathsep.join(filter(None, [str(REPOSITORY), inherited.get("PYTHONPATH")]))
+        else:
+            variables.pop("PYTHONPATH", None)
+        command = [sys.executable, "-m", "bentoml", "serve", served, "--host", "127.0.0.1", "--port", str(port)]
+        where = where or directory
     with log_file.open("wb") as log:
         process = subprocess.Popen(
             command,
