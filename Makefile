@@ -62,7 +62,7 @@ bench: model
 # Resolve anew. Everything is in dev.txt; service.txt is the part of it that the Bento needs.
 lock: setup
 	$(UV) pip compile --quiet --universal --python-version 3.12 --generate-hashes --no-emit-index-url --custom-compile-command "make lock" pyproject.toml --group dev -o requirements/dev.txt
-	$(UV) pip compile --quiet --universal --python-version 3.12 --generate-hashes --no-emit-index-url --custom-compile-command "make lock" pyproject.toml --extra postgresql -c requirements/dev.txt -o requirements/service.txt
+	$(UV) pip compile --quiet --universal --python-version 3.12 --generate-hashes --no-emit-index-url --custom-compile-command "make lock" pyproject.toml --extra postgresql --extra qlora -c requirements/dev.txt -o requirements/service.txt
 
 # The tables of docs/ that the API's own description fills.
 docs: setup

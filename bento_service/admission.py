@@ -19,6 +19,7 @@ from bento_service.settings import Settings
 from bento_service.training.best import require_known
 from bento_service.training.memory import estimate
 from bento_service.training.model_shape import ModelShape
+from bento_service.training.quantization import is_installed as bitsandbytes_is_installed
 from bento_service.training.recipes import RECIPES
 from bento_service.training.spec import LEARNING_RATES, METHOD_OPTIONS, MethodName, TrainingSpec
 
@@ -78,6 +79,7 @@ class Admission:
             _require_comparable,
             _require_mismatched,
             self._require_devices,
+            self._require_quantization,
         ):
             attempt(lambda check=check: check(request))  # type: ignore[misc]
         training_file = attempt(lambda: self._file(request.training_file, "training_file"))
@@ -124,6 +126,29 @@ class Admission:
                 f"tf32 needs an NVIDIA GPU, and this host trains on {here.describe()}: leave it out.", param="trl.tf32"
             )
 
+    def _require_quantization(self, request: JobRequest) -> None:
+        options, param = request.options, "trl.lora.quantization"
+        if options.lora.quantization is None:
+            return
+        if options.tuning == "full":
+            raise InvalidRequest(
+                'lora.quantization is for weights that stay as they are, and trl.tuning "full" trains all of them: '
+                'use "lora".',
+                param=param,
+            )
+        if self._devices.kind == "mps":
+            raise ResourcesExceeded(
+                f"lora.quantization trains on CUDA GPUs and CPUs only, and this host has {self._devices.describe()}: "
+                "leave it out.",
+                param=param,
+            )
+        if not bitsandbytes_is_installed():
+            raise ResourcesExceeded(
+                "lora.quantization needs bitsandbytes, which the service does not find: install trl-remote[qlora] "
+                "there, or leave it out.",
+                param=param,
+            )
+
     def _require_room(self, spec: TrainingSpec) -> None:
         if spec.model_path is not None:
             self._require_memory(spec, ModelShape.of(Path(spec.model_path)))
@@ -136,12 +161,17 @@ class Admission:
             return
         needed = estimate(spec, shape, "fp32", self._devices.kind, None).certain
         if needed > capacity * MEMORY_MARGIN:
-            lora = "" if spec.options.tuning == "lora" else 'train an adapter (trl.tuning "lora"), '
+            advice, param = "", "model"
+            if spec.options.tuning == "full":
+                advice, param = 'train an adapter (trl.tuning "lora"), ', "trl.tuning"
+            elif spec.options.lora.quantization is None:
+                advice = 'keep the base model in 4 bits (trl.lora.quantization "nf4"), '
+                param = "trl.lora.quantization"
             raise ResourcesExceeded(
                 f"Weights, gradients and optimizer of the job take {gigabytes(needed)} of memory before any data, and "
-                f"the device has {gigabytes(capacity)}: {lora}take a smaller model, or set trl.check_memory to false "
-                "to try it all the same.",
-                param="trl.tuning" if lora else "model",
+                f"the device has {gigabytes(capacity)}: {advice}take a smaller model, or set trl.check_memory to "
+                "false to try it all the same.",
+                param=param,
             )
 
     def _require_disk(self, spec: TrainingSpec) -> None:

@@ -22,6 +22,7 @@ from bento_service.training.model_shape import ModelShape
 from bento_service.training.models import load_model, load_tokenizer
 from bento_service.training.packed_dpo import PackedDPOTrainer
 from bento_service.training.packing import PackedBatch
+from bento_service.training.quantization import Quantization
 from bento_service.training.reference import ReferenceCache, precompute_pays
 from bento_service.training.row_budget import free_memory, row_tokens
 from bento_service.training.run_directory import RunDirectory
@@ -60,6 +61,7 @@ def run(
     options = spec.options
     device = find_device(spec.device)
     precision = choose_precision(options.precision, device)
+    quantization = Quantization.of(options, device, precision)
 
     events.write("message", f"reading the data; training on {device.kind} in {precision}")
     data = read_data(spec, run)
@@ -69,7 +71,7 @@ def run(
     tokenizer = load_tokenizer(
         spec.model, folder, conversational=data.conversational, trust_remote_code=spec.trust_remote_code
     )
-    model = load_model(spec.model, folder, trust_remote_code=spec.trust_remote_code)
+    model = load_model(spec.model, folder, trust_remote_code=spec.trust_remote_code, quantization=quantization)
 
     events.write("message", f"tokenizing {len(data.train)} pairs")
     shape = ModelShape.of(folder) if folder is not None else None

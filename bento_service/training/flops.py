@@ -8,6 +8,7 @@ import re
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 # Dense 16-bit tensor FLOP/s by words of the device's name, the longer ones first: NVIDIA's data sheets, of which the
 # newer give twice as much, with sparsity. Left out is what has no such figure, or contradicting ones, as the A10G.
@@ -34,12 +35,12 @@ PEAK_FLOPS = {
 }
 
 
-def flops_per_position(model: nn.Module, *, all_trained: bool, further_passes: int) -> float:
+def flops_per_position(model: PreTrainedModel, *, all_trained: bool, further_passes: int) -> float:
     """FLOPs that one position of a training batch takes, with ``further_passes`` forward beside the trained one.
 
     All parameters count but embeddings that are only looked up; those that also serve as the output head count once.
     """
-    parameters = sum(parameter.numel() for parameter in model.parameters())
+    parameters = model.num_parameters()  # of packed 4-bit weights too
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
     if head is None or head.weight is not embeddings.weight:
         parameters -= embeddings.weight.numel()

@@ -17,6 +17,7 @@ from bento_service.training.devices import choose_precision, find_device
 from bento_service.training.events import EventWriter
 from bento_service.training.lora import lora_config
 from bento_service.training.models import load_model, load_tokenizer
+from bento_service.training.quantization import Quantization
 from bento_service.training.run_directory import RunDirectory
 from bento_service.training.session import train
 from bento_service.training.spec import TrainingSpec
@@ -43,6 +44,7 @@ def run(
     options = spec.options
     device = find_device(spec.device)
     precision = choose_precision(options.precision, device)
+    quantization = Quantization.of(options, device, precision)
 
     events.write("message", f"reading the data; training on {device.kind} in {precision}")
     data = read_data(spec, run)
@@ -55,7 +57,7 @@ def run(
     tokenizer = load_tokenizer(
         spec.model, folder, conversational=data.conversational, trust_remote_code=spec.trust_remote_code
     )
-    model = load_model(spec.model, folder, trust_remote_code=spec.trust_remote_code)
+    model = load_model(spec.model, folder, trust_remote_code=spec.trust_remote_code, quantization=quantization)
 
     events.write("message", f"tokenizing {len(rows)} rows")
     trainer = CountingKTOTrainer(

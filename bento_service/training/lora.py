@@ -1,6 +1,8 @@
 """The adapter that is trained when ``tuning`` is "lora"."""
 
-from peft import LoraConfig
+import functools
+
+from peft import LoraConfig, PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -31,3 +33,11 @@ def lora_config(lora: LoraOptions, model: PreTrainedModel) -> LoraConfig:
         target_modules=lora.target_modules,
         use_dora=lora.use_dora,
     )
+
+
+def resume_as_saved(model: PeftModel) -> None:
+    """Let the Trainer load a checkpoint's adapter in the precision in which it was trained.
+
+    Over a quantized model TRL keeps it in bf16, which PEFT would widen to float32 when it is loaded.
+    """
+    model.load_adapter = functools.partial(model.load_adapter, autocast_adapter_dtype=False)

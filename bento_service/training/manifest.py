@@ -115,7 +115,7 @@ def describe(run: RunDirectory) -> RunManifest:
         versions={
             "python": platform.python_version(),
             "trl-remote": bento_service.__version__,
-            **{package: version(package) for package in PACKAGES},
+            **{package: version(package) for package in (*PACKAGES, *_further_packages(spec))},
         },
         build=_build(Path(bento_service.__file__).resolve().parent.parent),
         hardware=_hardware(),
@@ -168,6 +168,10 @@ def read_metrics(run: RunDirectory) -> RunMetrics:
                 metrics.best = Best.model_validate(best)
     metrics.evaluations = [Evaluation(step=step, metrics=values) for step, values in sorted(evaluations.items())]
     return metrics
+
+
+def _further_packages(spec: TrainingSpec) -> list[str]:
+    return [] if spec.options.lora.quantization is None else ["bitsandbytes"]
 
 
 def _datasets(spec: TrainingSpec) -> list[DatasetDigest]:

@@ -3,10 +3,12 @@
 What is counted, in bytes. Trained and frozen weights are float32 (TRL's recipe, ``models.load_model``):
 
     weights      4 a parameter, 4 a parameter of the adapter, and under bf16 or fp16 2 a parameter of the layers:
-                 autocast's copies of weights live from the forward pass to the backward pass
+                 autocast's copies of weights live from the forward pass to the backward pass. Quantized layers take
+                 0.516 (nf4) or 1 (int8) a parameter and are not copied; the largest of them is widened for its product
     reference    4 a parameter where a second model is kept: full fine-tuning without precomputed reference scores
     gradients    4 a trained parameter
-    optimizer    8 a trained parameter for Adam's two moments, 0 for SGD without momentum
+    optimizer    8 a trained parameter for Adam's two moments, 0 for SGD without momentum. Gradients, moments and
+                 weights of an adapter of a quantized model take half: TRL keeps them in bf16
     activations  what one micro-batch's forward pass keeps for its backward pass, and the vocabulary's logits
     overhead     the process: interpreter, libraries, and the CUDA context
 
@@ -15,18 +17,21 @@ Llama and Qwen3 (sdpa attention), by varying one size at a time; ``benchmarks/me
 peak of real runs.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from bento_service.training.model_shape import Architecture, ModelShape
-from bento_service.training.spec import TrainingSpec
+from bento_service.training.spec import QuantizationName, TrainingSpec
 
 ComputePrecision = Literal["bf16", "fp16", "fp32"]
 DeviceKind = Literal["cuda", "cpu", "mps"]
 
 _WEIGHT = 4
 _GRADIENT = 4
+# NF4: half a byte, a byte for each 64 parameters as their scale, and for 256 of those scales a scale of 4 bytes.
+_QUANTIZED: dict[QuantizationName | None, float] = {"nf4": 0.5 + 1 / 64 + 4 / (64 * 256), "int8": 1.0}
 MOMENTS = {"adamw": 8, "adam": 8, "sgd": 0}  # bytes a trained parameter
 
 # trl.kernels.chunked_logprob: logits are made in tiles of so many tokens and vocabulary entries at most.
@@ -121,12 +126,21 @@ def estimate(
     activations = None
     if batch is not None and shape.architecture is not None:
         activations = activation_bytes(spec, shape.architecture, precision, device, batch)
-    casts = 0 if precision == "fp32" else 2 * shape.layer_parameters
+    quantization = options.lora.quantization if options.tuning == "lora" else None
+    narrow = [math.prod(matrix) for matrix in shape.quantized] if quantization is not None else []
+    size = 4 if precision == "fp32" else 2
+    casts = 0 if precision == "fp32" else 2 * (shape.layer_parameters - sum(narrow))
+    widened = size * max(narrow, default=0)
+    halves = 2 if quantization is not None else 1
     return MemoryEstimate(
-        weights=_WEIGHT * (shape.parameters + adapter) + casts,
+        weights=_WEIGHT * (shape.parameters - sum(narrow))
+        + round(_QUANTIZED.get(quantization, 0) * sum(narrow))
+        + _WEIGHT * adapter // halves
+        + casts
+        + widened,
         reference=_WEIGHT * shape.parameters if keeps_reference else 0,
-        gradients=_GRADIENT * trained,
-        optimizer=MOMENTS[options.optimizer.name] * trained,
+        gradients=_GRADIENT * trained // halves,
+        optimizer=MOMENTS[options.optimizer.name] * trained // halves,
         activations=activations,
         overhead=OVERHEAD[device],
         accumulated=options.gradient_accumulation_steps > 1 or (batch is not None and batch.partial),

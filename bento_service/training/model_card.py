@@ -14,6 +14,14 @@ METHOD_NAMES = {
     "kto": "Kahneman-Tversky optimization (KTO)",
 }
 
+# What a base model under an adapter was kept in, and what loads it so again.
+_QUANTIZED = {"nf4": " quantized to 4 bits (NF4)", "int8": " quantized to 8 bits (LLM.int8())"}
+_CONFIGS = {
+    "nf4": 'transformers.BitsAndBytesConfig(\n    load_in_4bit=True, bnb_4bit_quant_type="nf4", '
+    "bnb_4bit_use_double_quant=True\n)",
+    "int8": "transformers.BitsAndBytesConfig(load_in_8bit=True)",
+}
+
 # Columns of the evaluation table: TRL's name, heading, digits.
 _COLUMNS = (
     ("eval_loss", "loss", 4),
@@ -29,22 +37,25 @@ def write(manifest: RunManifest) -> str:
     """The card's text. Everything in it comes from the manifest."""
     from huggingface_hub import ModelCardData
 
-    adapter = manifest.settings["options"]["tuning"] == "lora"
+    options = manifest.settings["options"]
+    adapter = options["tuning"] == "lora"
+    quantization = options["lora"].get("quantization") if adapter else None
     relation = "adapter" if adapter else "finetune"
     header = ModelCardData(
         base_model=manifest.base_model,
         base_model_relation=relation,
         library_name="peft" if adapter else "transformers",
         pipeline_tag="text-generation",
-        tags=["trl", manifest.method, *(["lora"] if adapter else []), "trl-remote"],
+        tags=["trl", manifest.method, *(["lora"] if adapter else []), *filter(None, [quantization]), "trl-remote"],
     )
     sections = [
         f"---\n{header.to_yaml()}\n---",
         f"# {manifest.base_model} after {METHOD_NAMES.get(manifest.method, manifest.method)}",
-        f"{'A LoRA adapter of' if adapter else 'All weights of'} `{manifest.base_model}`, trained with "
+        f"{'A LoRA adapter of' if adapter else 'All weights of'} `{manifest.base_model}`"
+        f"{_QUANTIZED[quantization] if quantization else ''}, trained with "
         f"[TRL](https://github.com/huggingface/trl) for {manifest.metrics.step} optimizer steps "
         f"({manifest.metrics.tokens} tokens).",
-        _use(manifest.base_model, adapter),
+        _use(manifest.base_model, adapter, quantization),
         "## Data",
         "\n".join(f"- {data.role}: {data.bytes} bytes, SHA-256 `{data.sha256}`" for data in manifest.datasets),
         "## Evaluation",
@@ -64,13 +75,15 @@ def _settings(manifest: RunManifest) -> dict[str, Any]:
     return settings
 
 
-def _use(base_model: str, adapter: bool) -> str:
+def _use(base_model: str, adapter: bool, quantization: str | None) -> str:
     lines = ["import transformers"]
+    further = "" if quantization is None else ", quantization_config=quantization"
     if adapter:
         lines += [
             "from peft import PeftModel",
             "",
-            f'base = transformers.AutoModelForCausalLM.from_pretrained("{base_model}")',
+            *([] if quantization is None else [f"quantization = {_CONFIGS[quantization]}"]),
+            f'base = transformers.AutoModelForCausalLM.from_pretrained("{base_model}"{further})',
             'model = PeftModel.from_pretrained(base, "path/to/this/folder")',
         ]
     else:

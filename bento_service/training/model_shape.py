@@ -61,6 +61,11 @@ class ModelShape:
         """Parameters of the weight matrices that are multiplied with, so not of embeddings and norms."""
         return sum(math.prod(shape) for name, shape in self.tensors.items() if _is_linear(name, shape))
 
+    @property
+    def quantized(self) -> list[tuple[int, ...]]:
+        """Shapes of the matrices that bitsandbytes quantizes: transformers fuses experts, and leaves those alone."""
+        return [shape for name, shape in self.tensors.items() if _is_linear(name, shape) and ".experts." not in name]
+
     def adapter_parameters(self, lora: LoraOptions) -> int:
         """Of a matrix of shape (out, in) LoRA trains rank * (in + out) values, and DoRA ``out`` magnitudes more."""
         targets = lora.target_modules

@@ -12,6 +12,8 @@ from bento_service.errors import InvalidRequest, UnknownModel
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from bento_service.training.quantization import Quantization
+
 # The names the hub allows: <org>/<name> or a bare <name>, letters, digits, "-", "_" and ".".
 _SEGMENT = r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_-])?"
 _NAME = re.compile(rf"{_SEGMENT}(?:/{_SEGMENT})?")
@@ -79,7 +81,13 @@ def load_tokenizer(
     return tokenizer
 
 
-def load_model(name: str, folder: Path | None, *, trust_remote_code: bool = False) -> "PreTrainedModel":
+def load_model(
+    name: str,
+    folder: Path | None,
+    *,
+    trust_remote_code: bool = False,
+    quantization: "Quantization | None" = None,
+) -> "PreTrainedModel":
     """The base model in float32, the precision in which TRL keeps trained weights, from safetensors files only.
 
     Raises UnknownModel when it cannot be had.
@@ -88,11 +96,16 @@ def load_model(name: str, folder: Path | None, *, trust_remote_code: bool = Fals
     from transformers import AutoModelForCausalLM
 
     try:
-        return AutoModelForCausalLM.from_pretrained(
-            folder or name, dtype=torch.float32, trust_remote_code=trust_remote_code, use_safetensors=True
+        model = AutoModelForCausalLM.from_pretrained(
+            folder or name,
+            dtype=torch.float32,
+            trust_remote_code=trust_remote_code,
+            use_safetensors=True,
+            **({} if quantization is None else quantization.load_arguments()),
         )
     except (OSError, ValueError) as error:
         raise _unloadable(name, folder, "weights", error) from error
+    return model if quantization is None else quantization.prepare(model)
 
 
 def _unloadable(name: str, folder: Path | None, part: str, error: Exception) -> UnknownModel:

@@ -118,6 +118,8 @@ class PackedDPOTrainer(DPOTrainer):
             return "the model's load-balancing loss counts every token of the padded batch"
         if self._is_vision_dataset:
             return "the data has images"
+        if getattr(self.accelerator.unwrap_model(self.model), "is_loaded_in_8bit", False):
+            return "layers of 8 bits compute a token by what else is in the batch"
         for model in filter(None, (self.model, self.ref_model)):
             if not _base_model(self.accelerator.unwrap_model(model))._can_set_attn_implementation():
                 return "the model brings its own attention"

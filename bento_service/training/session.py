@@ -8,6 +8,7 @@ from bento_service.training.best import Comparison
 from bento_service.training.callbacks import AlreadyTrained, EventsCallback, ScheduleCallback
 from bento_service.training.checkpoints import read_manifest, step_of
 from bento_service.training.events import EventWriter
+from bento_service.training.lora import resume_as_saved
 from bento_service.training.run_directory import RunDirectory
 from bento_service.training.schedule import Schedule
 from bento_service.training.spec import TrainingSpec
@@ -38,6 +39,9 @@ def train(
     else:
         events.write("message", f"continuing from {checkpoint.name}")
         trainer.args.eval_on_start = misses_evaluation(checkpoint, schedule)
+
+    if checkpoint is not None and spec.options.tuning == "lora":
+        resume_as_saved(trainer.model)
 
     stop.defer()
     if stop.requested:

@@ -27,6 +27,9 @@ LossType = Literal[
     "sigmoid_norm",
 ]
 
+# How a frozen base model's weights can be kept: 4 bits each (NormalFloat, arXiv 2305.14314), or 8 (arXiv 2208.07339).
+QuantizationName = Literal["nf4", "int8"]
+
 # The methods of training that have a name; those that a job can ask for have a recipe in ``training.recipes``.
 MethodName = Literal["dpo", "supervised", "kto"]
 
@@ -58,6 +61,11 @@ class LoraOptions(Options):
         default="all-linear", description="Names of the adapted modules, or every linear layer but the output head."
     )
     use_dora: bool = Field(default=False, description="Weight-decomposed LoRA (DoRA).")
+    quantization: QuantizationName | None = Field(
+        default=None,
+        description="Keep the base model's linear layers in 4 bits (QLoRA) or in 8, by bitsandbytes: less memory, and "
+        "another base model than the unquantized one, so other numbers. Default: float32.",
+    )
 
 
 class OptimizerOptions(Options):

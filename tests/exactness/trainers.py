@@ -8,10 +8,13 @@ from typing import Any, Literal
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 from trl import DPOConfig, DPOTrainer
 
+from bento_service.training.devices import Device
+from bento_service.training.models import load_model
 from bento_service.training.packed_dpo import PackedDPOTrainer
+from bento_service.training.quantization import Quantization
 from bento_service.training.reference import ReferenceCache
 
 WORDS = [
@@ -30,7 +33,7 @@ WORDS = [
     "minutes",
     "please",
 ]
-Tuning = Literal["full", "lora", "dora"]
+Tuning = Literal["full", "lora", "dora", "nf4", "int8"]
 
 
 def make_pairs(count: int, *, seed: int = 0, prompt: int = 20, reply: int = 15) -> list[dict[str, str]]:
@@ -75,11 +78,14 @@ def make_trainer(
     }
     lora = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", use_dora=tuning == "dora")
     kind = PackedDPOTrainer if packed else DPOTrainer
+    quantization = None
+    if tuning in ("nf4", "int8"):
+        quantization = Quantization(name=tuning, precision="fp32", device=Device(kind="cpu", has_bf16=True))
     own: dict[str, Any] = {}
     if packed:
         own = {"max_row_tokens": max_row_tokens, "row_multiple": row_multiple, "reference_cache": reference_cache}
     trainer = kind(
-        model=AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
+        model=load_model("tiny", folder, quantization=quantization),
         args=DPOConfig(
             output_dir=str(output), use_cpu=True, bf16=False, report_to="none", disable_tqdm=True,
             **defaults | settings,

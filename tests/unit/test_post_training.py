@@ -133,6 +133,13 @@ def test_names_of_trained_models_differ_between_jobs_of_one_suffix(impl, file_id
         ({}, {"devices": 7}, ResourcesExceeded, "trl.devices", "7 devices.*1 CPU slot"),
         ({}, {"precision": "fp16"}, ResourcesExceeded, "trl.precision", "fp16 needs a GPU"),
         ({}, {"tf32": True}, ResourcesExceeded, "trl.tf32", "1 CPU slot"),
+        (
+            {},
+            {"tuning": "full", "lora": {"quantization": "nf4"}},
+            InvalidRequest,
+            "trl.lora.quantization",
+            'use "lora"',
+        ),
         ({"suffix": "a/b"}, {}, InvalidRequest, "suffix", "a/b"),
     ],
 )
@@ -140,6 +147,14 @@ def test_what_cannot_be_trained_is_refused_and_leaves_nothing(impl, file_id, cha
     with pytest.raises(error, match=says) as caught:
         impl.submit(request(**({"training_file": file_id, "options": options} | changes)))
     assert caught.value.param == param
+    assert impl.list_jobs().data == []
+
+
+def test_quantization_needs_bitsandbytes(impl, file_id, monkeypatch):
+    monkeypatch.setattr("bento_service.training.quantization.importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ResourcesExceeded, match=r"install trl-remote\[qlora\]") as caught:
+        impl.submit(request(file_id, options={"lora": {"quantization": "nf4"}}))
+    assert caught.value.param == "trl.lora.quantization"
     assert impl.list_jobs().data == []
 
 

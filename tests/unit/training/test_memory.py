@@ -37,6 +37,16 @@ def test_what_saves_memory_is_not_counted():
     assert (lora.gradients, lora.weights) == (4 * 4 * 128, 4 * (PARAMETERS + 4 * 128))
 
 
+@pytest.mark.parametrize(("name", "a_parameter"), [("nf4", 0.5 + 1 / 64 + 1 / 4096), ("int8", 1)])
+def test_quantized_layers_take_less_and_their_adapter_half(name, a_parameter):
+    """The embedding stays; a layer is widened while it is multiplied with, and autocast copies none of it."""
+    adapter = 4 * 128
+    for precision, size in (("fp32", 4), ("bf16", 2)):
+        found = memory(precision=precision, lora={"rank": 4, "quantization": name})
+        assert found.weights == 4 * 64_000 + round(a_parameter * 4096) + 2 * adapter + size * 4096
+        assert (found.gradients, found.optimizer) == (2 * adapter, 4 * adapter)
+
+
 def test_autocast_keeps_copies_of_the_layers_weights():
     assert memory(precision="bf16").weights - memory().weights == 2 * 4096
 
