@@ -19,6 +19,10 @@ structlog.configure(
     ]
 )
 
+# The user's settings of the service (`make` sets where its models are) are not for the tests.
+for name in [name for name in os.environ if name.startswith("TRL_")]:
+    del os.environ[name]
+
 # Of the tests and of the trainers that they start: threads on tiny tensors cost more than they save.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 

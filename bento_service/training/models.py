@@ -51,7 +51,14 @@ def local_models(models_path: Path) -> list[str]:
     """Names of the models that ``find_model`` finds locally, sorted."""
     configs = [*models_path.glob("*/config.json"), *models_path.glob("*/*/config.json")]
     names = (config.parent.relative_to(models_path).as_posix() for config in configs)
-    return sorted(name for name in names if _NAME.fullmatch(name))
+    return sorted(name for name in names if _is_found(name, models_path))
+
+
+def _is_found(name: str, models_path: Path) -> bool:
+    try:
+        return find_model(name, models_path) is not None
+    except UnknownModel:
+        return False
 
 
 def load_tokenizer(

@@ -87,6 +87,11 @@ def run_to_end(supervisor, job):
     return supervisor.store.list_attempts(job.id)
 
 
+def threads_of(pid):
+    """proc(5), stat: the third field, after the name in brackets, is the state; T is stopped."""
+    return Path(f"/proc/{pid}/task").glob("*/stat")
+
+
 def is_gone(pid):
     try:
         return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
@@ -122,6 +127,8 @@ def test_a_spare_that_dies_or_hangs_at_the_hand_over_costs_no_attempt(supervisor
         recorded.append(about["pid"])
         if about["pid"] == pid:
             os.kill(pid, number)
+            if number == signal.SIGSTOP:  # a thread at a time: the one that listens may be the last
+                wait(lambda: {thread.read_text().rpartition(")")[2].split()[0] for thread in threads_of(pid)} == {"T"})
 
     monkeypatch.setattr(store, "launched", launched)
     job = submit(store)

@@ -6,7 +6,7 @@ import pytest
 
 from bento_service.errors import UnknownModel
 from bento_service.training.checkpoints import complete
-from bento_service.training.models import find_model
+from bento_service.training.models import find_model, local_models
 from tests.core_factory import MODEL, request, upload
 
 SECRET = "what no answer may hold"
@@ -100,6 +100,7 @@ def test_a_model_folder_that_is_a_link_out_is_refused(impl, secret):
     (impl.settings.models_path / "org" / "linked").symlink_to(secret.parent)
     with pytest.raises(UnknownModel, match="leads out"):
         find_model("org/linked", impl.settings.models_path)
+    assert local_models(impl.settings.models_path) == ["org/tiny"]
 
 
 class TestNoLinkIsFollowed:
