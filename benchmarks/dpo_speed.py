@@ -31,6 +31,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from bento_service.jobs.launcher import trainer_environment
+
 CASES = ("full-fp32", "lora-fp32", "full-bf16", "lora-bf16")
 TRAINERS = ("packed", "trl", "stack")
 # Words of prompt and reply in HH-RLHF harmless (1,500 pairs): the mean of their logarithms, and its deviation.
@@ -90,6 +92,9 @@ def compare(case: str, pairs: Path, options: argparse.Namespace) -> None:
             }  # fmt: skip
             command = [sys.executable, __file__, str(options.model), "--worker", json.dumps(job)]
             environment = {**os.environ, "OMP_WAIT_POLICY": "passive", "HF_HUB_OFFLINE": "1"}
+            if name == "packed":  # the allocator's settings of a job's trainer
+                trainer = trainer_environment((), "cpu")
+                environment |= {key: value for key, value in trainer.items() if key.startswith("MALLOC_")}
             done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
             results[name].append(json.loads(done.stdout.splitlines()[-1]))
     report(case, results)

@@ -23,7 +23,9 @@ _ALLOWED_NAMES = {
     "SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY",
     "http_proxy", "https_proxy", "no_proxy", "XDG_CACHE_HOME", "CI",
 }  # fmt: skip
-_ALLOWED_PREFIXES = ("CUDA_", "HF_", "LC_", "MKL_", "NCCL_", "NVIDIA_", "OMP_", "PYTORCH_", "TORCH_", "TRANSFORMERS_")
+_ALLOWED_PREFIXES = (
+    "CUDA_", "HF_", "LC_", "MALLOC_", "MKL_", "NCCL_", "NVIDIA_", "OMP_", "PYTORCH_", "TORCH_", "TRANSFORMERS_",
+)  # fmt: skip
 
 # -P: the working directory is not searched for modules.
 _TRAINER = (sys.executable, "-P", "-m", "bento_service.training")
@@ -31,6 +33,11 @@ _TRAINER = (sys.executable, "-P", "-m", "bento_service.training")
 # Should an import ask whether there is a GPU, PyTorch asks the driver's management library. The driver itself reads
 # CUDA_VISIBLE_DEVICES once, when it is first asked, and a spare gets its device later.
 _SPARE_ENVIRONMENT = {"PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
+
+# A step on a CPU takes and frees activations in blocks of megabytes. glibc gives such blocks back to the system at
+# once, and the next ones come zeroed, page by page (docs/performance.md). With these bounds, in bytes, a trainer keeps
+# what it has had.
+_KEEP_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**36)}
 
 # Child processes find this package here, installed or not.
 PACKAGE_PARENT = str(Path(bento_service.__file__).parents[1])
@@ -225,6 +232,8 @@ def trainer_environment(devices: Sequence[str], kind: str, threads: int | None =
     environment["PYTHONUNBUFFERED"] = "1"
     environment["PYTHONPATH"] = PACKAGE_PARENT
     environment["CUDA_VISIBLE_DEVICES"] = ",".join(devices) if kind == "cuda" else ""
+    if kind == "cpu":
+        environment = _KEEP_FREED_MEMORY | environment
     if threads is not None:
         environment.setdefault("OMP_NUM_THREADS", str(threads))
     return environment
