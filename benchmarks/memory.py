@@ -2,7 +2,7 @@
 
 Trains two steps of each case in a process of its own, on the CPU, and prints the estimate of ``training/memory.py``
 beside the peak of that process's resident memory. A case is tuning, batch size, tokens of the longest sequence,
-precision, and optionally ``checkpointing`` and ``accumulate``. A model folder is made by
+precision, and optionally ``checkpointing``, ``accumulate``, and ``nf4`` or ``int8``. A model folder is made by
 ``python -m bento_service.training.embedded_model DIR``.
 """
 
@@ -33,6 +33,8 @@ CASES = (
     "lora,4,512,fp32",
     "lora,4,512,fp32,checkpointing",
     "lora,4,256,bf16",
+    "lora,2,128,fp32,nf4",
+    "lora,2,128,bf16,nf4",
     "full,2,128,fp32",
     "full,4,256,fp32",
     "full,8,256,fp32",
@@ -78,6 +80,8 @@ def measure(case: Case, model: Path, folder: Path) -> tuple[int, int]:
         options=TrlOptions.model_validate(
             {
                 "tuning": case.tuning,
+                "lora": {"quantization": next((name for name in ("nf4", "int8") if name in case.more), None)},
+                "dpo": {"packing": False},  # what is estimated below
                 "max_length": case.length,
                 "precision": case.precision,
                 "gradient_checkpointing": "checkpointing" in case.more,

@@ -19,6 +19,7 @@ from bento_service.settings import Settings
 from bento_service.training.best import require_known
 from bento_service.training.memory import estimate
 from bento_service.training.model_shape import ModelShape
+from bento_service.training.models import require_head
 from bento_service.training.quantization import is_installed as bitsandbytes_is_installed
 from bento_service.training.recipes import RECIPES
 from bento_service.training.spec import LEARNING_RATES, METHOD_OPTIONS, MethodName, TrainingSpec
@@ -151,7 +152,9 @@ class Admission:
 
     def _require_room(self, spec: TrainingSpec) -> None:
         if spec.model_path is not None:
-            self._require_memory(spec, ModelShape.of(Path(spec.model_path)))
+            shape = ModelShape.of(Path(spec.model_path))
+            require_head(spec.model, shape.classes, labels=shape.labels, scores=spec.method == "reward")
+            self._require_memory(spec, shape)
         self._require_disk(spec)
 
     def _require_memory(self, spec: TrainingSpec, shape: ModelShape) -> None:

@@ -8,6 +8,7 @@ from typing import Literal
 from bento_service.errors import NotFound
 from bento_service.jobs.store import Store
 from bento_service.training.models import local_models
+from bento_service.training.spec import MethodName
 
 # The names that ``TrlPostTrainingImpl.submit`` gives: they end with the hex digits of the job's id.
 _TRAINED = re.compile(r"ft:.+:([0-9a-f]{24})")
@@ -21,6 +22,7 @@ class Model:
     kind: Literal["base", "trained"]
     created_at: float  # unix seconds: when the folder was made, or the job ended
     base_model: str | None = None  # of a trained model
+    method: MethodName | None = None  # that it was trained with
     job_id: str | None = None  # that trained it
 
 
@@ -56,6 +58,7 @@ class ModelCatalog:
                 kind="trained",
                 created_at=trained.finished_at,
                 base_model=trained.base_model,
+                method=trained.method,
                 job_id=trained.job_id,
             )
             for trained in self._store.trained_models(job_id)

@@ -116,4 +116,9 @@ def largest_batch(spec: TrainingSpec, tokens: TokenStatistics, row: int) -> Micr
         return packed_batch(tokens.largest_examples, row)
     if spec.method == "supervised" and spec.options.sft.packing:
         return padded_batch(spec.options.max_length, sequences=1, size=spec.batch_size)
-    return padded_batch(tokens.longest, sequences=2 if spec.method == "dpo" else 1, size=spec.batch_size)
+    return padded_batch(
+        tokens.longest,
+        sequences=2 if spec.method in ("dpo", "reward") else 1,
+        size=spec.batch_size,
+        generates=spec.method != "reward",
+    )

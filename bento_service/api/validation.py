@@ -47,7 +47,8 @@ class TokensBody(BaseModel):
     tokenized_rows: int = Field(description="Rows that were tokenized.")
     sample: bool = Field(description="Not all rows were tokenized in TRL_VALIDATE_SECONDS: the figures are estimates.")
     left_out: int = Field(
-        description="Rows whose prompt alone has max_length tokens or more: they are not trained on."
+        description="Rows that are not trained on: the prompt alone has max_length tokens or more; in reward jobs, a "
+        "reply with its prompt has more."
     )
     cut: int = Field(description="Rows of which a reply is cut at max_length.")
     lengths: dict[str, Distribution] = Field(description="Tokens by column, before anything is cut.")

@@ -209,6 +209,7 @@ class TrainedModel:
 
     name: str
     base_model: str
+    method: MethodName
     job_id: str
     finished_at: float
 

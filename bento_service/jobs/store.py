@@ -316,6 +316,7 @@ class Store:
                 TrainedModel(
                     name=row["fine_tuned_model"],
                     base_model=row["request"]["model"],
+                    method=row["request"]["method"],
                     job_id=row["id"],
                     finished_at=row["finished_at"],
                 )

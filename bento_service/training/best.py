@@ -26,6 +26,14 @@ _REWARDS: dict[str, bool | None] = {
 METRICS: dict[MethodName, dict[str, bool | None]] = {
     "dpo": {"loss": False, "rewards/accuracies": True, **_REWARDS, "mean_token_accuracy": True, "entropy": None},
     "kto": {"loss": False, **_REWARDS, "kl": None, "entropy": None},
+    "reward": {
+        "loss": False,
+        "accuracy": True,
+        "margin": True,
+        "min_reward": None,
+        "mean_reward": None,
+        "max_reward": None,
+    },
     "supervised": {"loss": False, "mean_token_accuracy": True, "entropy": None},
 }
 

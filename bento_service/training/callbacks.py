@@ -24,6 +24,8 @@ SHOWN_VALUES = {
     "eval_mean_token_accuracy": "token accuracy",
     "eval_rewards/accuracies": "reward accuracy",
     "eval_rewards/margins": "reward margin",
+    "eval_accuracy": "accuracy",
+    "eval_margin": "margin",
 }
 
 

@@ -13,7 +13,7 @@ Row = dict[str, Any]
 ABSENT = object()
 
 # The methods of training that rows can be for.
-Method = Literal["dpo", "supervised", "kto"]
+Method = Literal["dpo", "supervised", "kto", "reward"]
 
 DefectCode = Literal[
     "not_json",
@@ -72,7 +72,7 @@ class DatasetReport:
         {"valid": false,
          "refusal": "has 1 of 3 rows that cannot be trained on: row 2, chosen is empty",
          "method": "dpo", "container": "jsonl", "gzipped": false,
-         "format": "text", "formats": {"text": 3}, "methods": ["dpo"],
+         "format": "text", "formats": {"text": 3}, "methods": ["dpo", "reward"],
          "rows": 3, "bad_rows": 1,
          "problems": [{"row": 2, "field": "chosen", "code": "empty", "message": "is empty", "value": ""}],
          "total_problems": 1,

@@ -66,10 +66,13 @@ class MicroBatch:
     partial: bool = False  # one of several of a batch, whose gradients are added up
 
 
-def padded_batch(longest: int, *, sequences: int, size: int) -> MicroBatch:
-    """The largest batch of a trainer that pads: ``size`` rows of ``sequences`` each, all as long as the longest."""
+def padded_batch(longest: int, *, sequences: int, size: int, generates: bool = True) -> MicroBatch:
+    """The largest batch of a trainer that pads: ``size`` rows of ``sequences`` each, all as long as the longest.
+
+    A model that only scores has no vocabulary to go through (``generates``).
+    """
     tokens = sequences * size * longest
-    return MicroBatch(tokens=tokens, scored=tokens, mask=tokens * longest)
+    return MicroBatch(tokens=tokens, scored=tokens if generates else 0, mask=tokens * longest)
 
 
 def packed_batch(examples: Sequence[tuple[int, int]], max_tokens: int) -> MicroBatch:
@@ -116,6 +119,8 @@ def estimate(
 ) -> MemoryEstimate:
     """The memory of one process that trains as specified; ``batch`` is None when the data has not been looked at."""
     options = spec.options
+    if spec.method == "reward":
+        shape = shape.without_head()
     trained = shape.trained_parameters(options)
     adapter = trained if options.tuning == "lora" else 0
     keeps_reference = options.tuning == "full" and (
@@ -171,7 +176,7 @@ def activation_bytes(
     if batch.packed:
         tile = min(tile, max(_PACKED_TILE, model.vocabulary))
     head = tile * (4 * _TILE_COPIES[device] if device != "cuda" else size)
-    head_gradient = _WEIGHT * model.vocabulary * model.hidden if options.tuning == "full" else 0
+    head_gradient = _WEIGHT * model.vocabulary * model.hidden if options.tuning == "full" and batch.scored else 0
     return round(_HELD[device] * (layers + ends + max(working, head + head_gradient)))
 
 

@@ -12,6 +12,7 @@ METHOD_NAMES = {
     "dpo": "direct preference optimization (DPO)",
     "supervised": "supervised fine-tuning",
     "kto": "Kahneman-Tversky optimization (KTO)",
+    "reward": "reward modeling",
 }
 
 # What a base model under an adapter was kept in, and what loads it so again.
@@ -25,6 +26,9 @@ _CONFIGS = {
 # Columns of the evaluation table: TRL's name, heading, digits.
 _COLUMNS = (
     ("eval_loss", "loss", 4),
+    ("eval_accuracy", "accuracy", 3),
+    ("eval_margin", "margin", 4),
+    ("eval_mean_reward", "mean reward", 4),
     ("eval_rewards/accuracies", "reward accuracy", 3),
     ("eval_rewards/margins", "reward margin", 4),
     ("eval_rewards/chosen", "reward of chosen", 4),
@@ -40,12 +44,13 @@ def write(manifest: RunManifest) -> str:
     options = manifest.settings["options"]
     adapter = options["tuning"] == "lora"
     quantization = options["lora"].get("quantization") if adapter else None
+    scores = manifest.method == "reward"
     relation = "adapter" if adapter else "finetune"
     header = ModelCardData(
         base_model=manifest.base_model,
         base_model_relation=relation,
         library_name="peft" if adapter else "transformers",
-        pipeline_tag="text-generation",
+        pipeline_tag="text-classification" if scores else "text-generation",
         tags=["trl", manifest.method, *(["lora"] if adapter else []), *filter(None, [quantization]), "trl-remote"],
     )
     sections = [
@@ -55,7 +60,7 @@ def write(manifest: RunManifest) -> str:
         f"{_QUANTIZED[quantization] if quantization else ''}, trained with "
         f"[TRL](https://github.com/huggingface/trl) for {manifest.metrics.step} optimizer steps "
         f"({manifest.metrics.tokens} tokens).",
-        _use(manifest.base_model, adapter, quantization),
+        _use(manifest.base_model, adapter, quantization, scores),
         "## Data",
         "\n".join(f"- {data.role}: {data.bytes} bytes, SHA-256 `{data.sha256}`" for data in manifest.datasets),
         "## Evaluation",
@@ -75,19 +80,21 @@ def _settings(manifest: RunManifest) -> dict[str, Any]:
     return settings
 
 
-def _use(base_model: str, adapter: bool, quantization: str | None) -> str:
+def _use(base_model: str, adapter: bool, quantization: str | None, scores: bool) -> str:
     lines = ["import transformers"]
-    further = "" if quantization is None else ", quantization_config=quantization"
+    model_class = "transformers.AutoModelForSequenceClassification" if scores else "transformers.AutoModelForCausalLM"
+    further = ", num_labels=1" if scores else ""
+    further += "" if quantization is None else ", quantization_config=quantization"
     if adapter:
         lines += [
             "from peft import PeftModel",
             "",
             *([] if quantization is None else [f"quantization = {_CONFIGS[quantization]}"]),
-            f'base = transformers.AutoModelForCausalLM.from_pretrained("{base_model}"{further})',
+            f'base = {model_class}.from_pretrained("{base_model}"{further})',
             'model = PeftModel.from_pretrained(base, "path/to/this/folder")',
         ]
     else:
-        lines += ["", 'model = transformers.AutoModelForCausalLM.from_pretrained("path/to/this/folder")']
+        lines += ["", f'model = {model_class}.from_pretrained("path/to/this/folder")']
     lines.append('tokenizer = transformers.AutoTokenizer.from_pretrained("path/to/this/folder")')
     return "## Use\n\n```python\n" + "\n".join(lines) + "\n```"
 

@@ -35,11 +35,14 @@ class Architecture:
 class ModelShape:
     """``tensors`` has the name and shape of each stored tensor; it is empty when no weights are in the folder.
 
-    ``architecture`` is None when the configuration does not name the sizes of a decoder-only transformer.
+    ``architecture`` is None when the configuration does not name the sizes of a decoder-only transformer;
+    ``classes`` are transformers' names of the model with its head, ``labels`` how many a classifier's head has.
     """
 
     tensors: Mapping[str, tuple[int, ...]]
     architecture: Architecture | None
+    classes: tuple[str, ...] = ()
+    labels: int = 2
 
     @classmethod
     def of(cls, folder: Path) -> "ModelShape":
@@ -47,10 +50,21 @@ class ModelShape:
 
         Raises InvalidRequest when one of them is not what its name says, such as a pointer of git LFS.
         """
-        tensors, architecture = _tensors(folder), _architecture(folder / "config.json")
+        tensors, config = _tensors(folder), _configuration(folder / "config.json")
+        architecture = architecture_of(config)
         if architecture is not None and any(".q_norm." in name for name in tensors):
             architecture = replace(architecture, normalized_queries=True)
-        return cls(tensors=tensors, architecture=architecture)
+        classes, labels = config.get("architectures"), config.get("id2label")
+        return cls(
+            tensors=tensors,
+            architecture=architecture,
+            classes=tuple(map(str, classes)) if isinstance(classes, list) else (),
+            labels=len(labels) if isinstance(labels, dict) else 2,  # transformers' default
+        )
+
+    def without_head(self) -> "ModelShape":
+        """The same model with a head of one output, which hardly counts, in place of the vocabulary's."""
+        return replace(self, tensors={name: size for name, size in self.tensors.items() if "lm_head" not in name})
 
     @property
     def parameters(self) -> int:
@@ -107,16 +121,17 @@ def _tensors(folder: Path) -> dict[str, tuple[int, ...]]:
     return tensors
 
 
-def _architecture(file: Path) -> Architecture | None:
+def _configuration(file: Path) -> dict[str, Any]:
+    """Empty when there is none."""
     if not file.is_file():
-        return None
+        return {}
     try:
         config = json.loads(file.read_bytes())
         if not isinstance(config, dict):
             raise ValueError("it holds no object")
     except ValueError as error:
         raise InvalidRequest(f"{file} is not a model configuration: {error}", param="model") from error
-    return architecture_of(config)
+    return config
 
 
 def architecture_of(config: Mapping[str, Any]) -> Architecture | None:

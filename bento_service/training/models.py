@@ -4,6 +4,7 @@ Finding imports nothing heavy (the API process does it); loading imports transfo
 """
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -92,19 +93,26 @@ def load_model(
     name: str,
     folder: Path | None,
     *,
+    scores: bool = False,
     trust_remote_code: bool = False,
     quantization: "Quantization | None" = None,
 ) -> "PreTrainedModel":
     """The base model in float32, the precision in which TRL keeps trained weights, from safetensors files only.
 
-    Raises UnknownModel when it cannot be had.
+    With ``scores`` its head gives each sequence one number: a reward model's own, else a random one. Raises
+    UnknownModel when it cannot be had, InvalidRequest as ``require_head``.
     """
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        config = AutoConfig.from_pretrained(folder or name, trust_remote_code=trust_remote_code)
+        require_head(name, config.architectures or [], labels=config.num_labels, scores=scores)
+        if scores:
+            config.num_labels = 1
+        model = (AutoModelForSequenceClassification if scores else AutoModelForCausalLM).from_pretrained(
             folder or name,
+            config=config,
             dtype=torch.float32,
             trust_remote_code=trust_remote_code,
             use_safetensors=True,
@@ -113,6 +121,27 @@ def load_model(
     except (OSError, ValueError) as error:
         raise _unloadable(name, folder, "weights", error) from error
     return model if quantization is None else quantization.prepare(model)
+
+
+def require_head(name: str, architectures: Sequence[str], *, labels: int, scores: bool) -> None:
+    """Raises InvalidRequest for a model whose head is of another kind than the one that is trained.
+
+    transformers would load it all the same, with a random head in the place of its own. ``labels`` are a classifier's.
+    """
+    classifiers = [kind for kind in architectures if kind.endswith("ForSequenceClassification")]
+    if not classifiers:
+        return
+    if not scores:
+        raise InvalidRequest(
+            f"model {name} is a {classifiers[0]}, as reward models are, and writes no text: name a language model",
+            param="model",
+        )
+    if labels != 1:
+        raise InvalidRequest(
+            f"model {name} is a {classifiers[0]} of {labels} labels, and a reward model has 1: name a language model, "
+            "or a reward model",
+            param="model",
+        )
 
 
 def _unloadable(name: str, folder: Path | None, part: str, error: Exception) -> UnknownModel:

@@ -152,9 +152,9 @@ def _count(order: Order, training: DatasetReport, validation: DatasetReport | No
         evaluated = tally.statistics(validation.rows)
     for statistics, param in ((tokens, "training_file"), (evaluated, spec.validation_file and "validation_file")):
         if statistics is not None and not statistics.trained:
+            long = "every row has more than" if spec.method == "reward" else "the prompt of every row alone fills the"
             raise InvalidRequest(
-                f"{param or 'training_file'}: the prompt of every row alone has {spec.options.max_length} tokens or "
-                "more: raise max_length",
+                f"{param or 'training_file'}: {long} {spec.options.max_length} tokens: raise max_length",
                 param="trl.max_length",
             )
     return {"tokens": tokens, "validation_tokens": evaluated, "run": run_of(spec, tokens, evaluated)}
@@ -232,9 +232,10 @@ def _row_tokens(batch: list[Row], tokenizer: "PreTrainedTokenizerBase", replies_
 def _tallies(spec: TrainingSpec) -> tuple[TokenTally, TokenTally]:
     evaluated = spec.options.evaluation.batch_size or spec.batch_size
     keeps_end = spec.method == "dpo" and spec.options.dpo.truncation_mode == "keep_end"
+    cuts = spec.method != "reward"
     return (
-        TokenTally(spec.options.max_length, spec.batch_size, keeps_end=keeps_end),
-        TokenTally(spec.options.max_length, evaluated, keeps_end=keeps_end),
+        TokenTally(spec.options.max_length, spec.batch_size, keeps_end=keeps_end, cuts=cuts),
+        TokenTally(spec.options.max_length, evaluated, keeps_end=keeps_end, cuts=cuts),
     )
 
 

@@ -7,4 +7,5 @@ RECIPES: dict[MethodName, str] = {
     "dpo": "bento_service.training.dpo",
     "supervised": "bento_service.training.sft",
     "kto": "bento_service.training.kto",
+    "reward": "bento_service.training.reward",
 }

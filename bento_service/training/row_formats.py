@@ -60,7 +60,7 @@ class Format:
         return f"{self.name} ({', '.join(self.columns)}: {held})"
 
 
-PREFERENCE: tuple[Method, ...] = ("dpo",)  # the methods that train on pairs
+PREFERENCE: tuple[Method, ...] = ("dpo", "reward")  # the methods that train on pairs
 
 
 def _columns(*names: str) -> Callable[[Row], Row]:

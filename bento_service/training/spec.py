@@ -31,18 +31,20 @@ LossType = Literal[
 QuantizationName = Literal["nf4", "int8"]
 
 # The methods of training that have a name; those that a job can ask for have a recipe in ``training.recipes``.
-MethodName = Literal["dpo", "supervised", "kto"]
+MethodName = Literal["dpo", "supervised", "kto", "reward"]
 
 # Peak learning rates: for full fine-tuning the defaults of TRL's DPOConfig, SFTConfig and KTOConfig, and through a
 # LoRA adapter ten times that, the factor that TRL's PEFT guide gives (https://huggingface.co/docs/trl/peft_integration).
+# Of reward models both are those of TRL's example (examples/scripts/reward_modeling.py).
 LEARNING_RATES: dict[MethodName, dict[Literal["full", "lora"], float]] = {
     "dpo": {"full": 1e-6, "lora": 1e-5},
     "supervised": {"full": 2e-5, "lora": 2e-4},
     "kto": {"full": 1e-6, "lora": 1e-5},
+    "reward": {"full": 1e-5, "lora": 1e-4},
 }
 
 # Each method's own group in TrlOptions.
-METHOD_OPTIONS: dict[MethodName, str] = {"dpo": "dpo", "supervised": "sft", "kto": "kto"}
+METHOD_OPTIONS: dict[MethodName, str] = {"dpo": "dpo", "supervised": "sft", "kto": "kto", "reward": "reward"}
 
 
 class Options(BaseModel):
@@ -76,8 +78,8 @@ class OptimizerOptions(Options):
         default=None,
         gt=0,
         le=1,
-        description="Peak learning rate. Default: 1e-6 for dpo and kto, 2e-5 for supervised, ten times that for LoRA, "
-        "times learning_rate_multiplier.",
+        description="Peak learning rate. Default: 1e-6 for dpo and kto, 2e-5 for supervised, 1e-5 for reward; ten "
+        "times that for LoRA; times learning_rate_multiplier.",
     )
     weight_decay: float | None = Field(
         default=None, ge=0, description="Decoupled weight decay. Default: 0.01, and 0 for adam, which has none."
@@ -193,6 +195,16 @@ class KtoOptions(Options):
     )
 
 
+class RewardOptions(Options):
+    """Details of reward models; names and meanings as in ``trl.RewardConfig``."""
+
+    center_rewards_coefficient: float | None = Field(
+        default=None,
+        gt=0,
+        description="Weight of a loss that keeps rewards around zero (arXiv 2312.09244 has 0.01). Default: off.",
+    )
+
+
 class EarlyStoppingOptions(Options):
     """Ends the training when evaluations stop getting better."""
 
@@ -276,7 +288,11 @@ class TrlOptions(Options):
 
     tuning: Literal["lora", "full"] = Field(default="lora", description="Train an adapter or all weights.")
     lora: LoraOptions = LoraOptions()
-    max_length: int = Field(default=2048, ge=2, description="Tokens of prompt plus reply; longer rows are truncated.")
+    max_length: int = Field(
+        default=2048,
+        ge=2,
+        description="Tokens of prompt plus reply; longer rows are truncated, and left out of reward.",
+    )
     precision: Literal["auto", "bf16", "fp16", "fp32"] = Field(
         default="auto", description="auto: bf16 on GPUs that have it, fp32 on CPU."
     )
@@ -306,6 +322,7 @@ class TrlOptions(Options):
     dpo: DpoOptions = Field(default=DpoOptions(), description="Of the method dpo only.")
     sft: SftOptions = Field(default=SftOptions(), description="Of the method supervised only.")
     kto: KtoOptions = Field(default=KtoOptions(), description="Of the method kto only.")
+    reward: RewardOptions = Field(default=RewardOptions(), description="Of the method reward only.")
     evaluation: EvaluationOptions = EvaluationOptions()
     saving: SavingOptions = SavingOptions()
     logging: LoggingOptions = LoggingOptions()

@@ -33,7 +33,8 @@ class TokenStatistics(BaseModel):
         description="Fewer than `rows` when the time was up: then all other figures are estimates from a sample."
     )
     left_out: int = Field(
-        description="Rows whose prompt alone has max_length tokens or more: they are not trained on."
+        description="Rows that are not trained on: the prompt alone has max_length tokens or more; in reward jobs, a "
+        "reply with its prompt has more."
     )
     cut: int = Field(description="Rows of which something is cut at max_length.")
     lengths: dict[str, Distribution] = Field(description="By column.")
@@ -61,9 +62,10 @@ class TokenTally:
     Memory grows with the number of different lengths, not of rows.
     """
 
-    def __init__(self, max_length: int, batch_size: int, *, keeps_end: bool = False) -> None:
+    def __init__(self, max_length: int, batch_size: int, *, keeps_end: bool = False, cuts: bool = True) -> None:
         self._max_length = max_length
         self._keeps_end = keeps_end  # of sequences that are cut: then no row is left out
+        self._cuts = cuts  # what is too long; else it is left out
         self._batch_size = batch_size
         self._tokenized = 0
         self._rows = 0.0
@@ -82,7 +84,8 @@ class TokenTally:
         self._sequences = len(row.replies)
         for column, length in zip(COLUMNS[len(row.replies)], (row.prompt, *row.replies), strict=True):
             self._lengths[column][length] += weight  # type: ignore[assignment]
-        if row.is_dropped(self._max_length) and not self._keeps_end:
+        too_long = row.is_dropped(self._max_length) if self._cuts else row.is_cut(self._max_length)
+        if too_long and not self._keeps_end:
             self._left_out += weight
             return
         if row.is_cut(self._max_length):

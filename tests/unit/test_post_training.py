@@ -1,6 +1,7 @@
 """The core object: what it accepts, what it refuses at once, and what it makes of a request."""
 
 import io
+import json
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -72,6 +73,10 @@ def test_each_method_has_its_own_defaults(impl):
     unpaired = upload(impl, [{"prompt": "Hi", "completion": "Hello.", "label": True}]).id
     spec = impl.submit(request(unpaired, method="kto")).spec
     assert (spec.method, spec.beta, spec.learning_rate) == ("kto", 0.1, 1e-5)
+    pairs = upload(impl).id
+    spec = impl.submit(request(pairs, method="reward")).spec
+    assert (spec.method, spec.beta, spec.learning_rate) == ("reward", None, 1e-4)
+    assert impl.submit(request(pairs, method="reward", options={"tuning": "full"})).spec.learning_rate == 1e-5
     with pytest.raises(InvalidRequest, match="batch_size of 2 or more"):
         impl.submit(request(unpaired, method="kto", batch_size=1))
 
@@ -148,6 +153,20 @@ def test_what_cannot_be_trained_is_refused_and_leaves_nothing(impl, file_id, cha
         impl.submit(request(**({"training_file": file_id, "options": options} | changes)))
     assert caught.value.param == param
     assert impl.list_jobs().data == []
+
+
+def test_a_reward_model_is_trained_as_one_only(impl, file_id):
+    """transformers would put a random head in place of its own."""
+    config = impl.settings.models_path / MODEL / "config.json"
+    classifier = {"architectures": ["LlamaForSequenceClassification"], "id2label": {"0": "LABEL_0"}}
+    config.write_text(json.dumps(classifier))
+    assert impl.submit(request(file_id, method="reward")).spec.method == "reward"
+    with pytest.raises(InvalidRequest, match=r"LlamaForSequenceClassification.*writes no text") as caught:
+        impl.submit(request(file_id))
+    assert caught.value.param == "model"
+    config.write_text(json.dumps(classifier | {"id2label": {"0": "bad", "1": "good"}}))
+    with pytest.raises(InvalidRequest, match="of 2 labels"):
+        impl.submit(request(file_id, method="reward"))
 
 
 def test_quantization_needs_bitsandbytes(impl, file_id, monkeypatch):

@@ -72,6 +72,10 @@ class KtoMethod(Strict):
     hyperparameters: KtoHyperparameters = KtoHyperparameters()
 
 
+class RewardMethod(Strict):
+    hyperparameters: SupervisedHyperparameters = SupervisedHyperparameters()
+
+
 class SupervisedMethod(Strict):
     hyperparameters: SupervisedHyperparameters = SupervisedHyperparameters()
 
@@ -83,6 +87,7 @@ class Method(Strict):
     dpo: DpoMethod | None = Field(default=None, exclude_if=lambda value: value is None)
     supervised: SupervisedMethod | None = Field(default=None, exclude_if=lambda value: value is None)
     kto: KtoMethod | None = Field(default=None, exclude_if=lambda value: value is None)
+    reward: RewardMethod | None = Field(default=None, exclude_if=lambda value: value is None)
 
     @model_validator(mode="after")
     def _one_method(self) -> "Method":

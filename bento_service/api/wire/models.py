@@ -5,11 +5,13 @@ from typing import Literal
 from pydantic import BaseModel, Field
 
 from bento_service.model_catalog import Model
+from bento_service.training.spec import MethodName
 
 
 class TrlModel(BaseModel):
     kind: Literal["base", "trained"]
     base_model: str | None = Field(description="That a trained model was made from.")
+    method: MethodName | None = Field(description="That a trained model was trained with; `reward`: it scores.")
     job_id: str | None = Field(description="The job that made a trained model.")
 
 
@@ -30,7 +32,7 @@ class ModelObject(BaseModel):
             id=model.id,
             created=int(model.created_at),
             owned_by=organization if model.kind == "base" else "trl-remote",
-            trl=TrlModel(kind=model.kind, base_model=model.base_model, job_id=model.job_id),
+            trl=TrlModel(kind=model.kind, base_model=model.base_model, method=model.method, job_id=model.job_id),
         )
 
 

@@ -239,7 +239,7 @@ def test_models_are_what_is_here_and_what_was_trained(client, impl, store, train
         (name, "trl-remote", "trained"),
     ]
     base, made = models["data"]
-    assert made["trl"] == {"kind": "trained", "base_model": MODEL, "job_id": trained.id}
+    assert made["trl"] == {"kind": "trained", "base_model": MODEL, "method": "dpo", "job_id": trained.id}
     assert abs(base["created"] - made["created"]) < 60
     for model in models["data"]:
         assert client.get(f"/v1/models/{model['id']}").json() == model

@@ -116,6 +116,15 @@ def test_batches_are_padded_to_the_longest_or_packed_with_the_prompt_once():
     assert memory(packed).activations < memory(padded).activations
 
 
+def test_a_reward_model_has_no_vocabulary_to_score():
+    batch = padded_batch(100, sequences=2, size=4, generates=False)
+    assert (batch.tokens, batch.scored) == (800, 0)
+    assert memory(batch).activations < memory(padded_batch(100, sequences=2, size=4)).activations
+    head = ModelShape(tensors=SHAPE.tensors | {"lm_head.weight": (1000, 64)}, architecture=ARCHITECTURE)
+    spec = make_job(options={"tuning": "full"}).spec.model_copy(update={"method": "reward"})
+    assert estimate(spec, head, "fp32", "cpu", batch).certain == 16 * PARAMETERS
+
+
 def test_checkpointing_keeps_one_layer():
     deep = ModelShape(tensors=SHAPE.tensors, architecture=Architecture(**{**vars(ARCHITECTURE), "layers": 40}))
     batch = padded_batch(100, sequences=2, size=8)

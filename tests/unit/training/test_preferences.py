@@ -12,7 +12,6 @@ from bento_service.errors import InvalidDataset
 from bento_service.training import preferences
 from bento_service.training.dataset_report import SHOWN_VALUE, DefectCode
 from bento_service.training.preferences import check_file, load_rows, require_valid
-from bento_service.training.recipes import RECIPES
 from bento_service.training.row_bounds import Bounds
 from bento_service.training.row_formats import FORMATS
 
@@ -85,25 +84,29 @@ def said(role: str, content: object) -> list[dict[str, object]]:
     return [{"role": role, "content": content}]
 
 
+# The methods that train on the rows of one of them.
+FIT = {"dpo": ("dpo", "reward"), "supervised": ("supervised",), "kto": ("kto",)}
+
+
 @pytest.mark.parametrize("name", GOOD)
 def test_good_rows_of_each_format_are_accepted_and_loaded(write: Callable[..., Path], name: str) -> None:
     row, for_trl, method = GOOD[name]
     path = write(row, row)
     report = require_valid(path, method=method)
     assert (report.format, report.rows, report.problems, report.total_problems) == (name, 2, (), 0)
-    assert (report.container, report.gzipped, report.methods, report.bad_rows) == ("jsonl", False, (method,), 0)
+    assert (report.container, report.gzipped, report.methods, report.bad_rows) == ("jsonl", False, FIT[method], 0)
     assert list(load_rows(path)) == [for_trl, for_trl]
 
 
 @pytest.mark.parametrize("name", GOOD)
 def test_rows_for_the_other_method_are_refused(write: Callable[..., Path], name: str) -> None:
-    row, _, fitting = GOOD[name]
-    for other in {"dpo", "supervised", "kto"} - {fitting}:
-        advice = f"Set the method to {fitting}" if fitting in RECIPES else "Give other rows"
-        said = f"format {name}, which are for {fitting} jobs: a {other} job needs .* {advice}"
+    row, _, method = GOOD[name]
+    fitting = " or ".join(FIT[method])
+    for other in {"dpo", "supervised", "kto", "reward"} - {*FIT[method]}:
+        said = f"format {name}, which are for {fitting} jobs: a {other} job needs .* Set the method to {fitting}"
         with pytest.raises(InvalidDataset, match=said) as caught:
             require_valid(write(row), method=other)
-        assert caught.value.report.methods == (fitting,)
+        assert caught.value.report.methods == FIT[method]
 
 
 def test_a_label_that_is_no_boolean_is_a_column_of_its_own(write: Callable[..., Path]) -> None:
@@ -302,7 +305,7 @@ def test_the_report_as_json(write: Callable[..., Path]) -> None:
         "gzipped": False,
         "format": "text",
         "formats": {"text": 3},
-        "methods": ["dpo"],
+        "methods": ["dpo", "reward"],
         "rows": 3,
         "bad_rows": 1,
         "problems": [{"row": 2, "field": "chosen", "code": "empty", "message": "is empty", "value": ""}],

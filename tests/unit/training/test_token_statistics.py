@@ -10,8 +10,8 @@ from bento_service.training.token_statistics import TokenTally, padded_tokens
 from bento_service.training.tokenization import RowTokens
 
 
-def tally(rows, *, max_length=100, batch_size=2, keeps_end=False):
-    found = TokenTally(max_length, batch_size, keeps_end=keeps_end)
+def tally(rows, *, max_length=100, batch_size=2, **how):
+    found = TokenTally(max_length, batch_size, **how)
     for row in rows:
         found.add(row)
     return found.statistics(len(rows))
@@ -33,6 +33,12 @@ def test_what_keeps_its_end_is_never_left_out_and_shares_no_prompt_once_cut():
     assert found.tokens == (15 + 30) + (100 + 100)
     assert found.shared_prompt_tokens == 10
     assert found.largest_examples == [(200, 31), (35, 25)]
+
+
+def test_what_is_not_cut_is_left_out_when_it_is_too_long():
+    found = tally([RowTokens(10, (5, 90)), RowTokens(10, (5, 91)), RowTokens(100, (1, 1))], cuts=False)
+    assert (found.trained, found.left_out, found.cut) == (1, 2, 0)
+    assert (found.tokens, found.longest) == (15 + 100, 100)
 
 
 def test_lengths_by_column():
