@@ -4,6 +4,7 @@
     ├── InvalidRequest            the caller's input cannot be accepted
     │   ├── UnknownModel          no such base model on this host
     │   ├── InvalidDataset        rows that cannot be trained on; carries the report of the file
+    │   │   └── RefusedConversation   a row that the model's chat template renders without a reply
     │   ├── ImportFailed          a URL that is allowed could not be read
     │   ├── ResourcesExceeded     asks for more than this host has; the message has both numbers
     │   └── TooLarge              an upload or a body over the limit; the message has the limit
@@ -60,6 +61,10 @@ class InvalidDataset(InvalidRequest):
     def problems(self) -> tuple[RowProblem, ...]:
         """Every defect up to the reporting cap; ``report`` counts all of them."""
         return () if self.report is None else self.report.problems
+
+
+class RefusedConversation(InvalidDataset):
+    pass
 
 
 class ResourcesExceeded(InvalidRequest):

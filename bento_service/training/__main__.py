@@ -19,7 +19,7 @@ import traceback
 from pathlib import Path
 
 from bento_service.errors import TrlRemoteError
-from bento_service.training import checkpoints, manifest, spare
+from bento_service.training import checkpoints, manifest, refused_rows, spare
 from bento_service.training.devices import limit_threads
 from bento_service.training.events import EventWriter
 from bento_service.training.lease import LeaseWatch
@@ -103,7 +103,11 @@ def _train(run: RunDirectory, events: EventWriter, stop: StopSwitch, attempt: in
     # A million objects that stay to the end. Else the garbage collector walks them again and again, 0.3 s for each
     # full collection; accelerate asks for one before the first step.
     gc.freeze()
-    status = recipe.run(spec, run, events, stop)
+    try:
+        status = recipe.run(spec, run, events, stop)
+    except Exception as error:
+        refused_rows.explain(error, spec)
+        raise
     if status == "succeeded":
         manifest.conclude(run)
     return Outcome(attempt=attempt, status=status)

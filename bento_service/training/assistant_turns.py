@@ -11,7 +11,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
-from bento_service.errors import InvalidDataset, InvalidRequest
+from bento_service.errors import InvalidRequest, RefusedConversation
 from bento_service.training.dataset_report import Row
 
 IGNORED = -100  # the label of a token that is not learned
@@ -21,7 +21,7 @@ def tokenize_chat(dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> Datas
     """The column ``messages`` as ``input_ids`` and ``labels``, both lists of token ids of the same length.
 
     Raises InvalidRequest when the tokenizer's template does not let the assistant's turns be told apart,
-    InvalidDataset for a conversation in which it renders none.
+    RefusedConversation for one in which it renders none.
     """
     template = marking_template(tokenizer)
 
@@ -83,10 +83,8 @@ def tokens_by_prefix(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str
 
 def labelled(input_ids: list[int], learned: list[bool]) -> Row:
     if not any(learned):
-        raise InvalidDataset(
-            "a conversation has no tokens of the assistant's in this model's chat template: nothing can be learned "
-            "from it",
-            param="training_file",
+        raise RefusedConversation(
+            "it has no tokens of the assistant's, so nothing can be learned from it", param="training_file"
         )
     labels = [token if mark else IGNORED for token, mark in zip(input_ids, learned, strict=True)]
     return {"input_ids": input_ids, "labels": labels}

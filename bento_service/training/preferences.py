@@ -95,6 +95,14 @@ def require_valid(
 def load_rows(path: Path) -> Iterator[Row]:
     """The rows of a checked file in TRL's form: the format's columns only, messages of role and content only.
 
+    Raises as ``numbered_rows``.
+    """
+    return (row for _, row in numbered_rows(path))
+
+
+def numbered_rows(path: Path) -> Iterator[tuple[int, Row]]:
+    """The same with each row's number, as reports have it.
+
     Raises InvalidDataset for a row that is none or has no format, KeyError or TypeError for another defect that
     ``check_file`` would report.
     """
@@ -105,7 +113,7 @@ def load_rows(path: Path) -> Iterator[Row]:
         shape = format_of(row)
         if shape is None:
             raise InvalidDataset(f"row {number} has no column that tells its format")
-        yield shape.for_trl(row)
+        yield number, shape.for_trl(row)
 
 
 def _refusal(census: Census, findings: Findings, rows: int, method: Method) -> str | None:

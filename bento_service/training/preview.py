@@ -5,6 +5,7 @@ writes a ``Preview`` to standard output. A process of its own, because the token
 it ends when its standard input is closed, and so with whoever started it.
 """
 
+import itertools
 import math
 import os
 import sys
@@ -12,21 +13,19 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from bento_service.errors import InvalidRequest
 from bento_service.training.dataset_report import DatasetReport, Row
-from bento_service.training.preferences import check_file, load_rows
+from bento_service.training.preferences import check_file, load_rows, numbered_rows
+from bento_service.training.refused_rows import is_refusal, learns_replies_only, require_accepted
 from bento_service.training.row_bounds import Bounds
 from bento_service.training.schedule import Schedule
 from bento_service.training.spec import TrainingSpec
 from bento_service.training.token_statistics import TokenStatistics, TokenTally
-from bento_service.training.tokenization import BATCH_ROWS, RowTokens, batches, row_tokens
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from bento_service.training.tokenization import BATCH_ROWS, batches, row_tokens
 
 # This part of the time is used before any row is passed over, so that what is soon done is never a sample.
 _UNHURRIED = 0.2
@@ -126,7 +125,7 @@ def _count(order: Order, training: DatasetReport, validation: DatasetReport | No
     tokenizer = load_tokenizer(
         spec.model, folder, conversational=conversational, trust_remote_code=spec.trust_remote_code
     )
-    replies_only = spec.method != "supervised" or spec.options.sft.completion_only_loss
+    replies_only = learns_replies_only(spec)
 
     # Each file gets its part of the time.
     whole = sum(report.rows for _, report in files if report is not None)
@@ -135,20 +134,26 @@ def _count(order: Order, training: DatasetReport, validation: DatasetReport | No
     tally, held_tally = _tallies(spec)
 
     def add_up(
-        file: str, report: DatasetReport, tally: TokenTally, held_tally: TokenTally, held_out: set[int]
+        file: str, param: str, report: DatasetReport, tally: TokenTally, held_tally: TokenTally, held_out: set[int]
     ) -> None:
         """Tokenize the file's rows, or as many of them, evenly spread, as the time allows."""
         for first, batch, weight in paced(load_rows(Path(file)), report.rows, seconds * report.rows):
-            tokens = _row_tokens(batch, tokenizer, replies_only)
+            try:
+                tokens = row_tokens(batch, tokenizer, replies_only=replies_only)
+            except Exception as error:
+                if is_refusal(error):
+                    rows = itertools.islice(numbered_rows(Path(file)), first, first + len(batch))
+                    require_accepted(rows, param, spec, tokenizer, cause=error)
+                raise
             for number, row in enumerate(tokens, start=first):
                 (held_tally if number in held_out else tally).add(row, weight)
 
-    add_up(spec.training_file, training, tally, held_tally, held_out)
+    add_up(spec.training_file, "training_file", training, tally, held_tally, held_out)
     tokens = tally.statistics(training.rows - len(held_out))
     evaluated = held_tally.statistics(len(held_out)) if held_out else None
     if validation is not None and spec.validation_file is not None:
         _, tally = _tallies(spec)
-        add_up(spec.validation_file, validation, tally, tally, set())
+        add_up(spec.validation_file, "validation_file", validation, tally, tally, set())
         evaluated = tally.statistics(validation.rows)
     for statistics, param in ((tokens, "training_file"), (evaluated, spec.validation_file and "validation_file")):
         if statistics is not None and not statistics.trained:
@@ -213,20 +218,6 @@ def paced(rows: Iterator[Row], count: int, seconds: float) -> Iterator[tuple[int
             return
         yield first, batch, (passed + len(batch)) / len(batch)
         passed = 0
-
-
-def _row_tokens(batch: list[Row], tokenizer: "PreTrainedTokenizerBase", replies_only: bool) -> list[RowTokens]:
-    """Raises InvalidRequest when the chat template refuses a conversation, as some do with instructions."""
-    from jinja2 import TemplateError
-
-    try:
-        return row_tokens(batch, tokenizer, replies_only=replies_only)
-    except TemplateError as error:
-        raise InvalidRequest(
-            f"The chat template of the model refuses a conversation of the data: {error}. Change the roles of the "
-            "messages, or take another model.",
-            param="model",
-        ) from error
 
 
 def _tallies(spec: TrainingSpec) -> tuple[TokenTally, TokenTally]:

@@ -49,7 +49,8 @@ def row_tokens(
     """Tokens of rows in TRL's form (``preferences.load_rows``), which all have one format.
 
     ``replies_only`` says whether only replies are learned, and not what they reply to. Raises jinja2.TemplateError
-    when the chat template refuses a conversation, InvalidRequest when it does not tell the assistant's turns.
+    or RefusedConversation when the chat template refuses a conversation, InvalidRequest when it does not tell the
+    assistant's turns.
     """
     if not replies_only:
         return [RowTokens(0, (found.prompt + found.replies[0],)) for found in _counted(rows, tokenizer, False)]

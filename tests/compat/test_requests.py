@@ -127,6 +127,7 @@ def test_every_algorithm_config(server: Stack, fake: FakeTrainingService, datase
         ({"beta": 0.3, "loss_type": "ipo"}, 0.3, {"dpo": {"loss_type": ["ipo"]}}),
         ({"reward_scale": 0.4, "reward_clip": 0, "epsilon": 0.1, "gamma": 1}, 0.4, {"dpo": {"label_smoothing": 0.1}}),
         (sft("")["algorithm_config"], 0.1, {"tuning": "lora", "lora": {"rank": 4, "alpha": 8}}),
+        ({**sft("")["algorithm_config"], "quantize_base": True}, 0.1, {"lora": {"rank": 4, "quantization": "nf4"}}),
     ):
         answer = server.optimize(dataset, algorithm_config=algorithm)
         assert answer.status_code == 200, answer.text
@@ -143,13 +144,11 @@ def test_refusals_by_name(release: Release, server: Stack, fake: FakeTrainingSer
     def data_config(**changes: Any) -> dict[str, Any]:
         return {**training(dataset)["data_config"], **changes}
 
-    lora = sft(dataset)["algorithm_config"]
     refused: list[tuple[int, str, dict[str, Any]]] = [
         (400, "kto_pair", {"algorithm_config": {"beta": 0.1, "loss_type": "kto_pair"}}),
         (400, "algorithm_config.beta", {"algorithm_config": {"beta": -1}}),
         (400, "bta", {"algorithm_config": {"bta": 0.1}}),
         (400, "reward_clip", {"algorithm_config": {"reward_scale": 1, "reward_clip": 5, "epsilon": 0, "gamma": 1}}),
-        (400, "quantize_base", {"algorithm_config": {**lora, "quantize_base": True}}),
         (501, "QAT", {"algorithm_config": {"type": "QAT", "quantizer_name": "int8", "group_size": 32}}),
         (400, "packed", {"training_config": training(dataset, data_config=data_config(packed=True))}),
         (400, "train_on_input", {"training_config": training(dataset, data_config=data_config(train_on_input=True))}),

@@ -10,8 +10,9 @@ import pytest
 
 from bento_service.training.__main__ import main
 from bento_service.training.run_directory import Outcome, RunDirectory
-from tests.tiny_model import make_tiny_model
-from tests.trainer_run import events_of, make_run, preference_rows, write_rows
+from bento_service.training.spec import MethodName
+from tests.tiny_model import CHAT_TEMPLATE, make_tiny_model
+from tests.trainer_run import chat_rows, events_of, make_run, preference_rows, write_rows
 
 
 @pytest.fixture(autouse=True)
@@ -82,6 +83,34 @@ def test_message_rows_for_a_model_without_a_chat_template(tmp_path: Path, rows: 
     outcome = failed(make_run(tmp_path / "run", base, rows))
     assert (outcome.code, outcome.param) == ("invalid_request", "model")
     assert "no chat template" in (outcome.message or "")
+
+
+@pytest.mark.parametrize(
+    ("method", "template", "says"),
+    [
+        ("dpo", "{{ raise_exception('no system prompts') }}", "no system prompts"),
+        ("supervised", "{{ raise_exception('no system prompts') }}", "no system prompts"),
+        ("supervised", "nothing else", "no tokens of the assistant's"),
+    ],
+)
+def test_a_row_that_the_chat_template_refuses(tmp_path: Path, method: MethodName, template: str, says: str) -> None:
+    """It is named, by its line in the file that it is in; held-out rows count."""
+    strict = make_tiny_model(tmp_path / "strict")
+    (strict / "chat_template.jinja").write_text(
+        f"{{% if messages[0]['role'] == 'system' %}}{template}{{% else %}}{CHAT_TEMPLATE}{{% endif %}}"
+    )
+    good = (preference_rows if method == "dpo" else chat_rows)(3)
+    column = "prompt" if method == "dpo" else "messages"
+    bad = good[0] | {column: [{"role": "system", "content": "Be brief."}, *good[0][column]]}
+    lines = write_rows(tmp_path / "bad.jsonl", [*good, bad])
+    lines.write_text("\n" + lines.read_text())
+    run = make_run(
+        tmp_path / "run", strict, write_rows(tmp_path / "good.jsonl", good), validation_file=lines, method=method,
+        beta=None if method == "supervised" else 0.1,
+    )  # fmt: skip
+    outcome = failed(run)
+    assert (outcome.code, outcome.param) == ("invalid_dataset", "validation_file")
+    assert "validation_file: row 5: " in (outcome.message or "") and says in (outcome.message or "")
 
 
 @pytest.mark.parametrize(

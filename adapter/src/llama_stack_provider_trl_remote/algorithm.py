@@ -79,10 +79,6 @@ def _reward(config: RewardAlignmentConfig) -> Algorithm:
 
 
 def _lora(config: LoraFinetuningConfig) -> dict[str, Any]:
-    if config.quantize_base:
-        raise RequestRefused(
-            "algorithm_config.quantize_base is not supported: the service does not quantize the base model"
-        )
     modules = [ATTENTION_MODULES.get(name, name) for name in config.lora_attn_modules]
     if config.apply_lora_to_mlp:
         modules += MLP_MODULES
@@ -98,4 +94,8 @@ def _lora(config: LoraFinetuningConfig) -> dict[str, Any]:
         "alpha": above_zero("algorithm_config.alpha", config.alpha),
         "target_modules": list(dict.fromkeys(modules)),
     }
-    return adapter if config.use_dora is None else {**adapter, "use_dora": config.use_dora}
+    if config.use_dora is not None:
+        adapter["use_dora"] = config.use_dora
+    if config.quantize_base:  # in torchtune, whose configuration this is, it is NF4
+        adapter["quantization"] = "nf4"
+    return adapter

@@ -69,7 +69,7 @@ class LoraFinetuningConfig(Body):
     rank: int
     alpha: int
     use_dora: bool | None = None
-    quantize_base: bool | None = Field(default=None, description="Refused when true.")
+    quantize_base: bool | None = Field(default=None, description="Keep the base model in 4 bits.")
 
 
 class QATFinetuningConfig(Body):

@@ -151,7 +151,6 @@ def test_the_learning_rate_multiplier() -> None:
         ({"algorithm": REWARD | {"reward_clip": 1}}, "reward_clip"),
         ({"algorithm": REWARD | {"epsilon": 0.5}}, "epsilon"),
         ({"algorithm": REWARD | {"gamma": 0.9}}, "gamma"),
-        ({"algorithm": LORA | {"quantize_base": True}}, "quantize_base"),
         ({"algorithm": LORA | {"rank": 0}}, "rank"),
         ({"algorithm": LORA | {"lora_attn_modules": [], "apply_lora_to_output": False}}, "nothing to adapt"),
         ({"algorithm": {"loss_type": "kto_pair"}}, "sigmoid, hinge, ipo"),
@@ -169,7 +168,7 @@ def test_refused_by_name(changes: dict[str, Any], named: str) -> None:
 def test_dpo_through_a_lora_adapter() -> None:
     """Early clients could send nothing but a LoRA config: DPO with the provider's defaults, through that adapter."""
     config = TrlRemoteConfig(training_config={"dpo_beta": 0.7, "dpo_loss_type": "ipo", "tuning": "full"})
-    body = plan_dpo(dpo_request(algorithm=LORA | {"use_dora": True}), config).body
+    body = plan_dpo(dpo_request(algorithm=LORA | {"use_dora": True, "quantize_base": True}), config).body
     assert body["method"]["dpo"]["hyperparameters"]["beta"] == 0.7
     assert body["trl"]["tuning"] == "lora"
     assert body["trl"]["dpo"] == {"loss_type": ["ipo"]}
@@ -178,6 +177,7 @@ def test_dpo_through_a_lora_adapter() -> None:
         "alpha": 8,
         "target_modules": ["q_proj", "o_proj", "lm_head"],
         "use_dora": True,
+        "quantization": "nf4",
     }
     TrlOptions.model_validate(body["trl"])
 

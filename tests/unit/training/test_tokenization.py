@@ -178,13 +178,15 @@ def test_bad_rows_are_reported_and_not_tokenized(model, tmp_path):
 
 def test_a_template_that_refuses_the_roles_is_a_refusal(model, tokenizer, tmp_path, monkeypatch):
     template = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system prompts') }}{% endif %}"
+    without = ROWS["messages"][0] | {"prompt": [{"role": "user", "content": "Hello"}]}
     strict = AutoTokenizer.from_pretrained(model)
     strict.chat_template = template
     monkeypatch.setattr("bento_service.training.models.load_tokenizer", lambda *args, **more: strict)
-    file = write_rows(tmp_path / "rows.jsonl", ROWS["messages"])
+    file = write_rows(tmp_path / "rows.jsonl", [without, *ROWS["messages"]])
     found = preview.preview(make_order(file, model))
-    assert [refusal.param for refusal in found.refusals] == ["model"]
-    assert "no system prompts" in found.refusals[0].message
+    (refusal,) = found.refusals
+    assert (refusal.code, refusal.param) == ("invalid_dataset", "training_file")
+    assert "row 2: " in refusal.message and "no system prompts" in refusal.message
 
 
 def test_packing_and_sampling_are_said_to_be_estimates(model, tmp_path):
