@@ -8,7 +8,7 @@ export UV_PYTHON := $(BIN)/python
 # The embedded model, as an ordinary Hugging Face folder; TRL_MODELS_DIR may point elsewhere.
 export TRL_MODELS_DIR ?= $(CURDIR)/.models
 
-.PHONY: setup demo test test-compat bento serve stack check bench model lock lock-compat docs clean
+.PHONY: setup demo test test-compat test-container bento serve stack check bench model lock lock-compat docs clean
 
 setup: $(VENV)/.ready
 
@@ -35,6 +35,10 @@ test: setup
 # An environment, a server and a client of each release of Llama Stack; writes the table of docs/compatibility.md.
 test-compat: setup
 	$(BIN)/python -m pytest tests/compat --timeout 900
+
+# The image, built and run; needs root, and 25 GB of disk while it runs.
+test-container: setup
+	$(BIN)/python -m pytest tests/container --timeout 1500
 
 # The Bento, checked, in BentoML's own store (BENTOML_HOME, by default ~/bentoml).
 bento: setup

@@ -3,12 +3,14 @@
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from bento_service.errors import NotFound
-from bento_service.jobs.store import Store
 from bento_service.training.models import local_models
 from bento_service.training.spec import MethodName
+
+if TYPE_CHECKING:
+    from bento_service.jobs.store import Store
 
 # The names that ``TrlPostTrainingImpl.submit`` gives: they end with the hex digits of the job's id.
 _TRAINED = re.compile(r"ft:.+:([0-9a-f]{24})")
@@ -29,7 +31,7 @@ class Model:
 class ModelCatalog:
     """Reads the models folder and the store anew each time."""
 
-    def __init__(self, models_path: Path, store: Store) -> None:
+    def __init__(self, models_path: Path, store: "Store") -> None:
         self._path = models_path
         self._store = store
 

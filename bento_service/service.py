@@ -2,6 +2,9 @@
 
 Started by ``bentoml serve bento_service.service:TrlTrainingService``, or as a script: ``python service.py``.
 The process that serves, and BentoML's arbiter, which imports this module too, load no torch, transformers or trl.
+
+Importing it loads little more than BentoML: the arbiter, which only wants the service's configuration, starts the
+worker after it, and the worker loads the HTTP app and the store while its supervisor is starting beside it.
 """
 
 import sys
@@ -21,8 +24,9 @@ import os
 os.environ.setdefault("BENTOML_DISABLE_GPU_ALLOCATION", "1")
 os.environ.setdefault("BENTOML_DO_NOT_TRACK", "true")
 
+from functools import cache
 from http import HTTPStatus
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import bentoml
 import structlog
@@ -31,19 +35,17 @@ from pydantic import Field
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from bento_service import __version__
-from bento_service.api.app import create_app, in_front_of
-from bento_service.api.bento_errors import BentoErrors
-from bento_service.api.errors import status_of
+from bento_service.api.late import LateApp
 from bento_service.api.wire import CreateJob, DpoHyperparameters, DpoMethod, JobObject, Method
 from bento_service.errors import InvalidSettings, TrlRemoteError
-from bento_service.files import FileStorage
 from bento_service.jobs.job import Job
 from bento_service.jobs.keeper import SupervisorKeeper
-from bento_service.jobs.store import Store
 from bento_service.logs import configure_logs
-from bento_service.post_training import TrlPostTrainingImpl
 from bento_service.settings import Settings, get_settings
 from bento_service.training.spec import TrlOptions
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
 
 log = structlog.get_logger("bento_service")
 
@@ -54,7 +56,13 @@ def _is_worker() -> bool:
     return main is not None and str(main.name).startswith("_bentoml_impl.worker")
 
 
-http = create_app()
+def _make_http() -> "FastAPI":
+    from bento_service.api.app import create_app
+
+    return create_app()
+
+
+http = LateApp(_make_http)
 
 # What goes to the HTTP app directly. BentoML's layers around its routes (tracing, access log, a timer per request)
 # would double the cost of a status request, and its timeout counts the time that a body takes to arrive: too short
@@ -66,13 +74,30 @@ class _GuardedService(bentoml.Service[Any]):
     """A Bento whose every route, its own ones too, is behind our guard."""
 
     def to_asgi(self, is_main: bool = True) -> ASGIApp:
-        bento = BentoErrors(super().to_asgi(is_main))
+        bento = super().to_asgi(is_main)
 
-        async def route(scope: Scope, receive: Receive, send: Send) -> None:
-            direct = scope["type"] == "http" and scope["path"].startswith(_DIRECT)
-            await (http if direct else bento)(scope, receive, send)
+        @cache
+        def guarded() -> ASGIApp:
+            from bento_service.api.app import in_front_of
+            from bento_service.api.bento_errors import BentoErrors
 
-        return in_front_of(route, get_settings())
+            described = BentoErrors(bento)
+
+            async def route(scope: Scope, receive: Receive, send: Send) -> None:
+                await (http.app if scope["path"].startswith(_DIRECT) else described)(scope, receive, send)
+
+            return in_front_of(route, get_settings())
+
+        async def start_or_answer(scope: Scope, receive: Receive, send: Send) -> None:
+            await (bento if scope["type"] == "lifespan" else guarded())(scope, receive, send)
+
+        return start_or_answer
+
+    @property
+    def openapi_spec(self) -> Any:
+        """What a Bento says of its API. BentoML asks nothing but a FastAPI app for its part."""
+        self.mount_apps[:] = [(http.app if app is http else app, *rest) for app, *rest in self.mount_apps]
+        return super().openapi_spec
 
 
 @bentoml.service(
@@ -99,12 +124,20 @@ class TrlTrainingService:
     def __init__(self) -> None:
         configure_logs()
         settings = get_settings()
+        self._keeper = SupervisorKeeper(settings, end_with_parent=_is_worker())
+        # Before the imports, which take as long as the supervisor's own. Should what follows fail, this process ends,
+        # and the supervisor with it.
+        self._keeper.start()
+
+        from bento_service.files import FileStorage
+        from bento_service.jobs.store import Store
+        from bento_service.post_training import TrlPostTrainingImpl
+
         files = FileStorage(settings.files_path, settings.max_file_bytes)
         files.remove_abandoned()
         self._store = Store.open(settings.sqlalchemy_url)
         self._impl = TrlPostTrainingImpl(settings, self._store, files)
-        self._keeper = SupervisorKeeper(settings, end_with_parent=_is_worker())
-        http.state.impl = self._impl
+        http.app.state.impl = self._impl
 
     @bentoml.on_deployment
     @staticmethod
@@ -113,8 +146,7 @@ class TrlTrainingService:
         _settings_or_exit()
 
     @bentoml.on_startup
-    def start_supervisor(self) -> None:
-        self._keeper.start()
+    def say_started(self) -> None:
         devices = self._impl.devices
         log.info("service.started", version=__version__, home=str(get_settings().home), device=devices.describe())
 
@@ -184,6 +216,8 @@ def _as_dict(job: Job) -> dict[str, Any]:
 
 
 def _for_bentoml(error: TrlRemoteError) -> BentoMLException:
+    from bento_service.api.errors import status_of
+
     return BentoMLException(error.message, error_code=HTTPStatus(status_of(error)))
 
 

@@ -187,10 +187,11 @@ class Settings(BaseSettings):
     @field_validator("database_url", mode="after")
     @classmethod
     def _is_database(cls, value: SecretStr | None) -> SecretStr | None:
-        from sqlalchemy.engine import make_url
-        from sqlalchemy.exc import ArgumentError
-
         if value is not None:
+            # Not above: BentoML's arbiter reads settings too, and starts the worker only after that.
+            from sqlalchemy.engine import make_url
+            from sqlalchemy.exc import ArgumentError
+
             try:
                 make_url(value.get_secret_value())
             except (ArgumentError, ValueError):  # neither is told on: both quote the URL and its password

@@ -26,13 +26,15 @@ for name in [name for name in os.environ if name.startswith("TRL_")]:
 # Of the tests and of the trainers that they start: threads on tiny tensors cost more than they save.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-COMPAT = Path(__file__).parent / "compat"
+# tests/compat makes an environment for each release of Llama Stack, tests/container an image: only by name.
+BY_NAME = ("compat", "container")
 
 
 def pytest_ignore_collect(collection_path, config):
-    """tests/compat makes an environment for each release of Llama Stack: only when it is asked for by name."""
-    asked = any("compat" in argument for argument in config.invocation_params.args)
-    return True if collection_path == COMPAT and not asked else None
+    name = collection_path.name
+    if collection_path.parent != Path(__file__).parent or name not in BY_NAME:
+        return None
+    return None if any(f"tests/{name}" in argument for argument in config.invocation_params.args) else True
 
 
 @pytest.fixture(scope="session")

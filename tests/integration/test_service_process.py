@@ -214,14 +214,34 @@ def test_as_a_script_with_api_keys_and_a_short_timeout(tmp_path, models):
     assert places == sorted(places)
 
 
-def test_the_api_process_loads_no_training_library():
-    script = (
-        "import sys, json, bento_service.service, bento_service.jobs.supervisor;"
-        "print(json.dumps(sorted({name.split('.')[0] for name in sys.modules})))"
-    )
+def test_only_trainers_load_training_libraries(server):
+    arbiter = psutil.Process(server.process.pid)
+    roles = {"_bentoml_impl.worker.service": None, "bento_service.jobs": None}
+    for process in arbiter.children(recursive=True):
+        roles.update({role: process for role in roles if role in process.cmdline()})
+    assert all(roles.values()), "the API worker or the supervisor is missing"
+    for process in (arbiter, *roles.values()):
+        mapped = {part for file in process.memory_maps() for part in file.path.split("/")}
+        assert "pydantic_core" in mapped  # what is loaded shows here
+        assert mapped.isdisjoint({"torch", "tokenizers", "pyarrow"}), process.cmdline()
+
+
+def loaded_by(statement):
+    script = f"import sys, json; {statement}; print(json.dumps(sorted({{m.split('.')[0] for m in sys.modules}})))"
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     ran = subprocess.run(
         [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True, timeout=60
     )
-    loaded = set(json.loads(ran.stdout.splitlines()[-1]))
+    return set(json.loads(ran.stdout.splitlines()[-1]))
+
+
+def test_the_engine_imports_no_training_library():
+    loaded = loaded_by("import bento_service.api.app, bento_service.post_training, bento_service.jobs.supervisor")
     assert loaded.isdisjoint({"torch", "transformers", "trl", "peft", "accelerate", "datasets"})
+
+
+def test_the_arbiter_loads_little_before_it_starts_the_worker():
+    """All that it imports, and then the worker imports again, is time until the service is ready."""
+    loaded = loaded_by("import bento_service.service; bento_service.service.TrlTrainingService.inner.check_settings()")
+    assert "bentoml" in loaded
+    assert loaded.isdisjoint({"fastapi", "sqlalchemy", "alembic", "uvicorn", "pynvml"})
