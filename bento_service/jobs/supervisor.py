@@ -305,7 +305,8 @@ class Supervisor:
         Either is recorded before it is told to start. Raises LeaseLost, OSError.
         """
         environment = self._environment(devices)
-        if (spare := self.spares.pop()) is not None:
+        # Of a job on several devices the trainer's process only starts others, and needs no imports.
+        if job.spec.ranks == 1 and (spare := self.spares.pop()) is not None:
             orders = Orders(run_directory=run.path, attempt=job.attempt, environment=environment)
             self._record(lease, spare, devices)
             # The leases of other jobs wait meanwhile.

@@ -3,6 +3,7 @@
 Reads the run's specification, trains it with the recipe of its method, and says how that went in ``outcome.json``,
 its last act. Exit status 0: succeeded, or stopped by SIGTERM; 1: failed. Nothing heavy is imported before the first
 event is written, except with ``--spare``: everything is imported first, and the job comes later (see ``spare``).
+Of a job on several devices it starts a process for each, ``--rank-of`` itself, and trains nothing (see ``ranks``).
 """
 
 import argparse
@@ -17,14 +18,16 @@ import sys
 import textwrap
 import traceback
 from pathlib import Path
+from typing import Literal
 
 from bento_service.errors import TrlRemoteError
-from bento_service.training import checkpoints, manifest, refused_rows, spare
+from bento_service.training import checkpoints, manifest, rank, ranks, refused_rows, spare
 from bento_service.training.devices import limit_threads
-from bento_service.training.events import EventWriter
+from bento_service.training.events import EventWriter, MutedWriter
 from bento_service.training.lease import LeaseWatch
 from bento_service.training.recipes import RECIPES
 from bento_service.training.run_directory import Outcome, RunDirectory
+from bento_service.training.spec import TrainingSpec
 from bento_service.training.stop import StopRequested, StopSwitch
 
 # What PyTorch's CPU allocator says when malloc fails; on GPUs there is an exception class for it.
@@ -46,6 +49,9 @@ def main(arguments: list[str] | None = None) -> int:
         action="store_true",
         help="import everything, and wait for run directory and attempt on standard input, a socket",
     )
+    parser.add_argument(
+        "--rank-of", type=int, metavar="PID", help="be one of several processes of an attempt, for that one's time"
+    )
     parsed = parser.parse_args(arguments)
     if parsed.spare == (parsed.run_directory is not None and parsed.attempt is not None):
         parser.error("needs a run directory and --attempt, or --spare alone")
@@ -54,6 +60,9 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     _set_defaults()
     directory, attempt = parsed.run_directory, parsed.attempt
+    if parsed.rank_of is not None:
+        rank.end_with(parsed.rank_of)
+        return _be_rank(RunDirectory(directory.absolute()), attempt)
     if parsed.spare:
         orders = spare.await_orders(lambda: spare.import_all(RECIPES.values()))
         directory, attempt = orders.run_directory, orders.attempt
@@ -69,16 +78,40 @@ def main(arguments: list[str] | None = None) -> int:
     except StopRequested:
         outcome = Outcome(attempt=attempt, status="stopped")
     except Exception as error:
-        stop.defer()
-        run.release_room()
         outcome = failure(error, attempt)
-        if outcome.code == "disk_full":
-            checkpoints.remove_torn(run)
-        _report_failure(events, outcome)
+        _print_traceback()
     stop.defer()
     run.release_room()
+    if outcome.code == "disk_full":
+        checkpoints.remove_torn(run)
+    if outcome.status == "failed":
+        _report_failure(run, outcome)
     shutil.rmtree(run.cache, ignore_errors=True)
     run.write_outcome(outcome)
+    return 1 if outcome.status == "failed" else 0
+
+
+def _be_rank(run: RunDirectory, attempt: int) -> int:
+    """Train as one of several ranks; the agent (``ranks``) has made the run directory ready and ends the attempt."""
+    this = rank.Rank.of_this_process()
+    stop = rank.AgreedStop()
+    stop.install()
+    LeaseWatch(run.lease_file).start()
+    try:
+        status = _run_recipe(
+            run, run.read_spec(), EventWriter(run.events_file) if this.is_first else MutedWriter(), stop
+        )
+        if status == "succeeded" and this.is_first:
+            manifest.conclude(run)
+        outcome = Outcome(attempt=attempt, status=status)
+    except StopRequested:
+        outcome = Outcome(attempt=attempt, status="stopped")
+    except Exception as error:
+        outcome = failure(error, attempt)
+        _print_traceback()
+        run.release_room()
+    stop.defer()
+    ranks.write_outcome(run, this.number, outcome)
     return 1 if outcome.status == "failed" else 0
 
 
@@ -98,19 +131,28 @@ def _train(run: RunDirectory, events: EventWriter, stop: StopSwitch, attempt: in
     for torn in checkpoints.remove_torn(run):
         events.write("message", f"{torn.name} was not saved to the end: deleted", level="warn", removed=str(torn))
     checkpoints.report_missed(events, run)
+    if spec.ranks > 1:
+        events.close()
+        return ranks.train(run, spec.ranks, attempt, stop)
+    status = _run_recipe(run, spec, events, stop)
+    if status == "succeeded":
+        manifest.conclude(run)
+    return Outcome(attempt=attempt, status=status)
+
+
+def _run_recipe(
+    run: RunDirectory, spec: TrainingSpec, events: EventWriter, stop: StopSwitch
+) -> Literal["succeeded", "stopped"]:
     recipe = importlib.import_module(RECIPES[spec.method])
     limit_threads()
     # A million objects that stay to the end. Else the garbage collector walks them again and again, 0.3 s for each
     # full collection; accelerate asks for one before the first step.
     gc.freeze()
     try:
-        status = recipe.run(spec, run, events, stop)
+        return recipe.run(spec, run, events, stop)
     except Exception as error:
         refused_rows.explain(error, spec)
         raise
-    if status == "succeeded":
-        manifest.conclude(run)
-    return Outcome(attempt=attempt, status=status)
 
 
 def failure(error: Exception, attempt: int) -> Outcome:
@@ -123,6 +165,9 @@ def failure(error: Exception, attempt: int) -> Outcome:
     code, param, retryable = "internal_error", None, False
     if isinstance(error, TrlRemoteError):
         code, message, param = error.code, error.message, error.param
+    elif _is_lost_rank(error):
+        code, retryable = ranks.LOST_CODE, True
+        message = f"another rank of the job was lost: {_text(error)}"
     elif "OutOfMemoryError" in torch_kinds or isinstance(error, MemoryError) or CPU_OUT_OF_MEMORY in str(error):
         code = "out_of_memory"
         message = (
@@ -143,12 +188,25 @@ def failure(error: Exception, attempt: int) -> Outcome:
     return Outcome(attempt=attempt, status="failed", code=code, message=message, param=param, retryable=retryable)
 
 
-def _report_failure(events: EventWriter, outcome: Outcome) -> None:
-    """To the log and the events. The outcome, written next, has the reason too: a disk too full for these is borne."""
-    with contextlib.suppress(OSError):
+def _is_lost_rank(error: Exception) -> bool:
+    """Whether the cause is that another rank has ended: what torch.distributed and its backends raise then."""
+    kinds = {kind.__name__ for kind in type(error).__mro__ if kind.__module__.startswith("torch")}
+    if kinds & {"DistError", "DistBackendError", "DistNetworkError", "DistStoreError"}:
+        return True
+    # Gloo says RuntimeError.
+    return isinstance(error, RuntimeError) and ("/gloo/" in str(error) or "Connection closed by peer" in str(error))
+
+
+def _print_traceback() -> None:
+    with contextlib.suppress(OSError):  # of a full disk
         traceback.print_exc()
+
+
+def _report_failure(run: RunDirectory, outcome: Outcome) -> None:
+    """To the events. The outcome, written next, has the reason too: a disk too full for this is borne."""
     with contextlib.suppress(OSError):
-        events.write("message", outcome.message or "failed", level="error", code=outcome.code)
+        # Opened anew: of several ranks the first has written since.
+        EventWriter(run.events_file).write("message", outcome.message or "failed", level="error", code=outcome.code)
 
 
 def _text(error: Exception) -> str:

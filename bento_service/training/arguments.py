@@ -3,6 +3,7 @@
 from typing import Any, Literal
 
 from bento_service.training.devices import Device, choose_tf32
+from bento_service.training.rank import TIMEOUT_SECONDS
 from bento_service.training.run_directory import RunDirectory
 from bento_service.training.spec import TrainingSpec
 
@@ -28,8 +29,8 @@ def shared_arguments(
         # The data
         "max_length": options.max_length,
         "train_sampling_strategy": "random" if options.shuffle else "sequential",
-        "per_device_train_batch_size": spec.batch_size,
-        "per_device_eval_batch_size": options.evaluation.batch_size or spec.batch_size,
+        "per_device_train_batch_size": spec.batch_size // spec.ranks,
+        "per_device_eval_batch_size": (options.evaluation.batch_size or spec.batch_size) // spec.ranks,
         "gradient_accumulation_steps": options.gradient_accumulation_steps,
         "dataloader_pin_memory": device.kind == "cuda",
         # The optimizer
@@ -44,6 +45,11 @@ def shared_arguments(
         # Memory
         "gradient_checkpointing": options.gradient_checkpointing,
         "activation_offloading": options.activation_offloading,
+        # Several devices
+        "ddp_backend": "gloo" if spec.ranks > 1 and device.kind == "cpu" else None,
+        "ddp_find_unused_parameters": False,
+        "ddp_broadcast_buffers": False,  # they are constants; ranks whose batches have other numbers of rows differ
+        "ddp_timeout": TIMEOUT_SECONDS,
         # Evaluating and saving are asked for by ScheduleCallback; old checkpoints are deleted by EventsCallback,
         # because the Trainer would delete one before the next is known to be whole.
         "eval_strategy": "no",

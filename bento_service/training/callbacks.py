@@ -53,7 +53,7 @@ class ScheduleCallback(TrainerCallback):
         if state.global_step >= self._schedule.total_steps or self._comparison.ended_early(state.log_history):
             raise AlreadyTrained
         # After an evaluation before the first step, or a signal that came while the Trainer was getting ready.
-        if self._stop.requested:
+        if self._stop.agreed():
             raise StopRequested
 
     def on_step_end(
@@ -64,14 +64,14 @@ class ScheduleCallback(TrainerCallback):
         control.should_save = self._schedule.saves_after(step)
         if step == self._schedule.total_steps:
             control.should_log = True
-        if self._stop.requested:
+        if self._stop.agreed():
             control.should_log = True
             self._save_and_stop(control)
 
     def on_prediction_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self._stop.requested:
+        if self._stop.agreed():
             raise StopRequested
 
     def on_evaluate(
@@ -80,11 +80,12 @@ class ScheduleCallback(TrainerCallback):
         best = self._comparison.best(state.log_history)
         if self._schedule.saving.best and best is not None and best.step == state.global_step > 0:
             control.should_save = True
-        if self._stop.requested or self._comparison.ended_early(state.log_history):
+        if self._stop.agreed() or self._comparison.ended_early(state.log_history):
             self._save_and_stop(control)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self._stop.requested:
+        # Of several ranks this also waits until each has written its part of the checkpoint.
+        if self._stop.agreed():
             control.should_training_stop = True
 
     def _save_and_stop(self, control: TrainerControl) -> None:

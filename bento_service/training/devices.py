@@ -37,6 +37,7 @@ def find_device(wanted: Literal["auto", "cuda", "cpu", "mps"]) -> Device:
     if wanted == "mps" and not mps:
         raise TrainingFailed("device mps was asked for, but this host has none: set TRL_DEVICE=cpu or auto")
     if wanted == "cuda" or (wanted == "auto" and cuda):
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         return Device(kind="cuda", has_bf16=torch.cuda.is_bf16_supported(including_emulation=False))
     if wanted == "mps" or (wanted == "auto" and mps):
         return Device(kind="mps", has_bf16=False)

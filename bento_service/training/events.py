@@ -82,6 +82,22 @@ class EventWriter:
         self._file.close()
 
 
+class MutedWriter(EventWriter):
+    """The events of a rank that is not the first: the first one writes the same."""
+
+    def __init__(self) -> None:
+        self._seq = 0
+
+    def write(self, type: EventType, message: str, *, level: EventLevel = "info", **data: Any) -> TrainerEvent:
+        self._seq += 1
+        return TrainerEvent(
+            seq=self._seq, time=time.time(), type=type, level=level, message=message, data=finite(data)
+        )
+
+    def close(self) -> None:
+        pass
+
+
 def _repair(path: Path) -> int:
     """Cut a torn last line and return the last sequence number, 0 for a new file."""
     if not path.exists():

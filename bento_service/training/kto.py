@@ -4,8 +4,9 @@ Read ``run`` from top to bottom; it is what a plain TRL script does, plus events
 a stop on request. The numbers are TRL's: same data, seed and settings give the script's losses.
 """
 
+from copy import copy
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from datasets import Dataset, disable_progress_bars
 from trl import KTOConfig, KTOTrainer
@@ -30,6 +31,12 @@ class CountingKTOTrainer(CountingTrainer, KTOTrainer):
         # The policy over mismatched rows, and unless scored before, the reference over both.
         mismatched = int(self.calculate_KL)
         return mismatched + (0 if self.args.precompute_ref_log_probs else 1 + mismatched)
+
+    def _prepare_dataset(self, dataset: Dataset, processing_class: Any, args: KTOConfig, name: str) -> Dataset:
+        # TRL mismatches the rows of a device's batch; here they are those of the batch, however many devices share it.
+        args = copy(args)
+        args.per_device_train_batch_size *= args.world_size
+        return super()._prepare_dataset(dataset, processing_class, args, name)
 
 
 def run(

@@ -68,6 +68,7 @@ class PackedDPOTrainer(DPOTrainer):
     precompute_ref_logps: bool
     _metrics: dict[str, defaultdict[str, list[float]]]
     _total_train_tokens: int
+    rank_weight: float = 1.0  # by which the caller of compute_loss multiplies its answer (``shared_batches``)
 
     fallback: str | None  # why batches are not packed; None when they are
     reference_reused: list[str]  # the datasets, "train" or "eval", whose reference scores another run left
@@ -146,6 +147,7 @@ class PackedDPOTrainer(DPOTrainer):
             # Whatever the model's code does with packed rows, a stock run is right; the reason tells the error.
             problem = f"a packed pass failed: {type(error).__name__}: {str(error).splitlines()[0][:200]}"
         self.check = PackingCheck(pairs=len(examples), difference=difference, seconds=time.monotonic() - began)
+        problem = next(filter(None, gather_object([problem])), None)  # all processes or none
         if problem is not None:
             self._set_attention(packed=False)
             self.data_collator = self._stock_collator
@@ -233,7 +235,7 @@ class PackedDPOTrainer(DPOTrainer):
                     share = super()._compute_loss(_Answer(output), part, False) * (len(row.pairs) / pairs)
                 outputs.append(_detached(output))
                 if not last:
-                    self.accelerator.backward(share / self.current_gradient_accumulation_steps)
+                    self.accelerator.backward(share * self.rank_weight / self.current_gradient_accumulation_steps)
                     share = share.detach()
                 loss = loss + share
                 del output
@@ -255,7 +257,7 @@ class PackedDPOTrainer(DPOTrainer):
                 log_probs = _score(model, select_pairs(inputs, row)).log_probs
                 product = (log_probs * gradient[_both(row, gradient)]).sum()
                 if not last:
-                    self.accelerator.backward(product / self.current_gradient_accumulation_steps)
+                    self.accelerator.backward(product * self.rank_weight / self.current_gradient_accumulation_steps)
         return loss + product - product.detach()
 
     @contextlib.contextmanager

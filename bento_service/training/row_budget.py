@@ -3,6 +3,7 @@
 from bento_service.training.devices import Device
 from bento_service.training.memory import ComputePrecision, DeviceKind, MicroBatch, estimate
 from bento_service.training.model_shape import ModelShape
+from bento_service.training.rank import Rank
 from bento_service.training.spec import TrainingSpec
 
 # Beyond this many tokens matrix products gain nothing, and the row's activations only take memory.
@@ -47,4 +48,5 @@ def free_memory(device: Device) -> int:
     if device.kind == "cuda":
         free, _ = torch.cuda.mem_get_info()
         return free + torch.cuda.memory_reserved()
-    return psutil.virtual_memory().available + psutil.Process().memory_info().rss
+    # Other ranks of the job take as much.
+    return psutil.virtual_memory().available // Rank.of_this_process().count + psutil.Process().memory_info().rss

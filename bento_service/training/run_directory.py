@@ -9,6 +9,7 @@ TRL_HOME/runs/<job id>/
   cache/             tokenized data of the attempt under way; not there afterwards
   reserve            takes up the room that reporting a full disk needs
   manifest.json      what was trained with what on what, and how well; written when the run has succeeded
+  ranks/             of a job on several devices: how each process of the attempt under way ended (see ``ranks``)
   outcome.json       how the last attempt ended, written by the trainer as its last act
 """
 
@@ -75,6 +76,10 @@ class RunDirectory:
     @property
     def manifest_file(self) -> Path:
         return self.path / "manifest.json"
+
+    @property
+    def rank_outcomes(self) -> Path:
+        return self.path / "ranks"
 
     @property
     def checkpoints(self) -> Path:

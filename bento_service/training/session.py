@@ -9,6 +9,7 @@ from bento_service.training.callbacks import AlreadyTrained, EventsCallback, Sch
 from bento_service.training.checkpoints import read_manifest, step_of
 from bento_service.training.events import EventWriter
 from bento_service.training.lora import resume_as_saved
+from bento_service.training.rank import first_says
 from bento_service.training.run_directory import RunDirectory
 from bento_service.training.schedule import Schedule
 from bento_service.training.spec import TrainingSpec
@@ -17,6 +18,15 @@ from bento_service.training.throughput import CountingTrainer, Meter
 
 
 def train(
+    trainer: CountingTrainer, spec: TrainingSpec, run: RunDirectory, events: EventWriter, stop: StopSwitch
+) -> Literal["succeeded", "stopped"]:
+    """Train as ``_train``; of several ranks all are done when the last one is."""
+    status = _train(trainer, spec, run, events, stop)
+    stop.agreed()
+    return status
+
+
+def _train(
     trainer: CountingTrainer, spec: TrainingSpec, run: RunDirectory, events: EventWriter, stop: StopSwitch
 ) -> Literal["succeeded", "stopped"]:
     """Train as scheduled, or until evaluations stop getting better, reporting through ``events``.
@@ -30,7 +40,8 @@ def train(
     meter = Meter(trainer, spec)
     reporter = EventsCallback(events, run, schedule, comparison, meter)
     trainer.add_callback(ScheduleCallback(schedule, comparison, stop))
-    trainer.add_callback(reporter)
+    if trainer.is_world_process_zero():
+        trainer.add_callback(reporter)
 
     complete = run.complete_checkpoints()
     checkpoint = complete[-1] if complete else None
@@ -44,21 +55,23 @@ def train(
         resume_as_saved(trainer.model)
 
     stop.defer()
-    if stop.requested:
+    if stop.agreed():
         return "stopped"
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
     except AlreadyTrained:
-        if checkpoint is not None and not read_manifest(checkpoint).final:
+        if trainer.is_world_process_zero() and checkpoint is not None and not read_manifest(checkpoint).final:
             # The evaluation that a stop had left out was the one that ends the training.
             reporter.on_save(trainer.args, trainer.state, trainer.control)
         return "succeeded"
     except StopRequested:
         # Between two steps, or out of an evaluation: what the last step left may not be saved yet.
         step = trainer.state.global_step
-        if step > 0 and step not in map(step_of, run.complete_checkpoints()):
+        if first_says(step > 0 and step not in map(step_of, run.complete_checkpoints())):
             trainer._save_checkpoint(trainer.model, trial=None)
-            reporter.on_save(trainer.args, trainer.state, trainer.control)
+            stop.agreed()  # once all ranks have written their part
+            if trainer.is_world_process_zero():
+                reporter.on_save(trainer.args, trainer.state, trainer.control)
         return "stopped"
     state = trainer.state
     done = state.global_step >= schedule.total_steps or comparison.ended_early(state.log_history)

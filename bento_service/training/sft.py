@@ -5,8 +5,9 @@ checkpoints that survive a kill, and a stop on request. The numbers are TRL's: s
 the script's losses.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from datasets import Dataset, disable_progress_bars
@@ -30,6 +31,9 @@ from bento_service.training.throughput import CountingTrainer
 
 
 class CountingSFTTrainer(CountingTrainer, SFTTrainer):
+    def loss_items(self, inputs: Mapping[str, Any]) -> int:
+        return int((inputs["labels"][..., 1:] != -100).sum())
+
     def _prepare_dataset(
         self,
         dataset: Dataset,

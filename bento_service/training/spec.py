@@ -280,7 +280,15 @@ class TrlOptions(Options):
         default=None, description="The caller's own id of the job: submitting it again returns the same job."
     )
     priority: int = Field(default=0, ge=-100, le=100, description="Higher runs first; equal priorities by age.")
-    devices: int = Field(default=1, ge=1, le=1024, description="GPUs (or CPU slots) the job needs.")
+    devices: int = Field(
+        default=1, ge=1, le=1024, description="GPUs (or CPU slots) the job needs. batch_size is divided among them."
+    )
+    distribution: Literal["auto", "ddp", "fsdp", "deepspeed"] = Field(
+        default="auto",
+        description="How several devices share the training. ddp: each holds the whole model; fsdp: each holds a part "
+        "of it (FSDP2); deepspeed: ZeRO-3, where DeepSpeed is installed. auto: ddp where the model fits one device, "
+        "else fsdp.",
+    )
 
     max_run_seconds: float | None = Field(
         default=None, gt=0, description="Stop and fail the job after this much running time, over all its attempts."
@@ -334,6 +342,9 @@ class TrlOptions(Options):
         return [group for group in groups if getattr(self, group) != getattr(defaults, group)]
 
 
+Distribution = Literal["ddp", "fsdp", "deepspeed"]
+
+
 class TrainingSpec(BaseModel):
     """The resolved specification of one job, as ``spec.json`` in its run directory holds it."""
 
@@ -350,14 +361,22 @@ class TrainingSpec(BaseModel):
     )
     seed: int = Field(ge=0, lt=2**32)
     beta: float | None = Field(gt=0, description="None for a method that has none.")
-    batch_size: int = Field(ge=1, description="Rows per forward pass.")
+    batch_size: int = Field(ge=1, description="Rows per forward pass, of all devices together.")
     n_epochs: int = Field(ge=1)
     learning_rate: float = Field(gt=0)
     device: Literal["auto", "cuda", "cpu", "mps"]
+    distribution: Distribution | None = Field(
+        default=None, description="How several devices share the training; None: one process trains."
+    )
     trust_remote_code: bool = Field(
         default=False, description="Run the base model's own Python code. Decided by the operator at each launch."
     )
     options: TrlOptions
+
+    @property
+    def ranks(self) -> int:
+        """Processes that train, each on a device of its own."""
+        return 1 if self.distribution is None else self.options.devices
 
     @property
     def is_evaluated(self) -> bool:

@@ -20,6 +20,10 @@ class StopSwitch:
         self.requested = False
         self._deferred = False
 
+    def agreed(self) -> bool:
+        """Whether to stop here. Of several ranks all ask at the same point and get the same answer (``rank``)."""
+        return self.requested
+
     def install(self) -> None:
         """Take over both signals. Main thread only."""
         for number in (signal.SIGTERM, signal.SIGINT):

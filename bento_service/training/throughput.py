@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from transformers import Trainer
 
 from bento_service.training.flops import device_flops, flops_per_position
+from bento_service.training.shared_batches import FILLER, SharedBatchTrainer
 from bento_service.training.spec import TrainingSpec
 
 
@@ -34,7 +34,7 @@ class Totals:
     padding: int = 0
 
 
-class CountingTrainer(Trainer):
+class CountingTrainer(SharedBatchTrainer):
     """A base beside one of TRL's trainers (``class X(CountingTrainer, DPOTrainer)``) that counts what it trains on.
 
     ``state.num_input_tokens_seen``, which a checkpoint keeps, is counted here too: transformers takes every pad token
@@ -52,6 +52,9 @@ class CountingTrainer(Trainer):
         """Forward passes of a batch beside the one that is trained."""
         return 0
 
+    def rows_in(self, inputs: Mapping[str, Any]) -> int:
+        return self.batch_size(inputs).rows
+
     def batch_size(self, inputs: Mapping[str, Any]) -> BatchSize:
         """The size of a batch as the collator made it, padded or, with position ids only, packed into one sequence."""
         positions: int = inputs["input_ids"].numel()
@@ -65,7 +68,9 @@ class CountingTrainer(Trainer):
 
     def _track_num_input_tokens(self, inputs: Mapping[str, Any]) -> None:
         # Called by the Trainer once for each batch that it trains on.
-        size = torch.tensor(self.batch_size(inputs), dtype=torch.int64, device=self.args.device)
+        nothing = BatchSize(rows=0, tokens=0, computed=0, padding=0)
+        counts = nothing if FILLER in inputs else self.batch_size(inputs)
+        size = torch.tensor(counts, dtype=torch.int64, device=self.args.device)
         rows, tokens, computed, padding = self.accelerator.gather(size).view(-1, len(size)).sum(0).tolist()
         self.totals.rows += rows
         self.totals.tokens += tokens
@@ -87,7 +92,8 @@ class Meter:
             trainer.model, all_trained=spec.options.tuning == "full", further_passes=trainer.further_passes()
         )
         # In float32 a GPU has another peak, with or without TF32.
-        self._device_flops = device_flops(trainer.model) if trainer.args.bf16 or trainer.args.fp16 else None
+        device = device_flops(trainer.model) if trainer.args.bf16 or trainer.args.fp16 else None
+        self._device_flops = None if device is None else device * trainer.accelerator.num_processes
         self._read = replace(trainer.totals)
         self._seconds = 0.0
         self._since = time.monotonic()
@@ -105,7 +111,8 @@ class Meter:
 
         tokens_per_second and rows_per_second do not count padding; padding_fraction is of the positions that went
         through the model; memory_peak_bytes is the process's so far, on a GPU its tensors', else its resident set;
-        model_flops_utilization is of the device's peak, see ``flops``.
+        model_flops_utilization is of the devices' peak, see ``flops``. Of several ranks all rows and tokens count, and
+        the memory is that of the one that reads.
         """
         values: dict[str, float] = {"memory_peak_bytes": peak_memory()}
         rows = self._totals.rows - self._read.rows
