@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Literal
 
 from bento_service.base_models import BaseModels
+from bento_service.distribution import batch_size, distribution, memory_of_each, require_shareable
 from bento_service.errors import InvalidRequest, NotFound, ResourcesExceeded
-from bento_service.jobs.devices import Devices, device_memory
+from bento_service.jobs.devices import Devices
 from bento_service.jobs.disk import disk_need, gigabytes
 from bento_service.jobs.job import JobRequest
 from bento_service.settings import Settings
@@ -81,6 +82,7 @@ class Admission:
             _require_mismatched,
             self._require_devices,
             self._require_quantization,
+            lambda request: require_shareable(request, self._devices),
         ):
             attempt(lambda check=check: check(request))  # type: ignore[misc]
         training_file = attempt(lambda: self._file(request.training_file, "training_file"))
@@ -91,7 +93,7 @@ class Admission:
         located = attempt(lambda: (self._models.locate(request.model),))
         if training_file is None or located is None or (request.validation_file and validation_file is None):
             return Verdict(None, tuple(refusals))
-        spec = resolve_spec(
+        whole = resolve_spec(
             request,
             job_id=job_id,
             model_path=located[0],
@@ -100,7 +102,15 @@ class Admission:
             device=self._settings.device,
             reference_cache=self._settings.reference_cache_path,
         )
-        attempt(lambda: self._require_room(spec))
+        shape = None
+        if whole.model_path is not None:
+            folder = Path(whole.model_path)
+            if (shape := attempt(lambda: ModelShape.of(folder))) is None:
+                return Verdict(whole, tuple(refusals))
+        spec = whole.model_copy(update={"distribution": distribution(whole, shape, self._devices)})
+        if shape is not None:
+            attempt(lambda: self._require_trainable(spec, shape))
+        attempt(lambda: self._require_disk(spec))
         return Verdict(spec, tuple(refusals))
 
     def _require_devices(self, request: JobRequest) -> None:
@@ -150,16 +160,13 @@ class Admission:
                 param=param,
             )
 
-    def _require_room(self, spec: TrainingSpec) -> None:
-        if spec.model_path is not None:
-            shape = ModelShape.of(Path(spec.model_path))
-            require_head(spec.model, shape.classes, labels=shape.labels, scores=spec.method == "reward")
-            self._require_memory(spec, shape)
-        self._require_disk(spec)
+    def _require_trainable(self, spec: TrainingSpec, shape: ModelShape) -> None:
+        require_head(spec.model, shape.classes, labels=shape.labels, scores=spec.method == "reward")
+        self._require_memory(spec, shape)
 
     def _require_memory(self, spec: TrainingSpec, shape: ModelShape) -> None:
         """Refuse what cannot fit whatever the data: activations are not counted, fp32 is the least that is."""
-        capacity = device_memory(self._devices)
+        capacity = memory_of_each(spec, self._devices)
         if not spec.options.check_memory or capacity is None:
             return
         needed = estimate(spec, shape, "fp32", self._devices.kind, None).certain
@@ -278,7 +285,9 @@ def resolve_spec(
         reference_cache=None if reference_cache is None else str(reference_cache),
         seed=AUTO_SEED if request.seed is None else request.seed,
         beta=AUTO_BETAS.get(request.method) if request.beta is None else request.beta,
-        batch_size=AUTO_BATCH_SIZE if request.batch_size is None else request.batch_size,
+        batch_size=batch_size(AUTO_BATCH_SIZE, request.options.devices)
+        if request.batch_size is None
+        else request.batch_size,
         n_epochs=AUTO_EPOCHS if request.n_epochs is None else request.n_epochs,
         learning_rate=request.options.optimizer.learning_rate or base_rate * multiplier,
         device=device,

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bento_service.admission import Admission
-from bento_service.jobs.devices import Devices, device_memory, has_bf16
+from bento_service.distribution import memory_of_each, precision
+from bento_service.jobs.devices import Devices
 from bento_service.jobs.disk import DiskNeed, disk_need
 from bento_service.jobs.job import JobRequest
 from bento_service.preview_process import PreviewProcesses
@@ -94,31 +95,28 @@ class Rehearsals:
     def _memory(self, spec: TrainingSpec, tokens: TokenStatistics | None) -> MemoryNeed | None:
         if spec.model_path is None:
             return None
-        precision: ComputePrecision = "fp32"
-        if spec.options.precision != "auto":
-            precision = spec.options.precision
-        elif has_bf16(self._devices):
-            precision = "bf16"
-        shape, capacity = ModelShape.of(Path(spec.model_path)), device_memory(self._devices)
-        row = row_tokens(spec, shape, self._devices.kind, precision, free=capacity)
+        shape, capacity = ModelShape.of(Path(spec.model_path)), memory_of_each(spec, self._devices)
+        computed = precision(spec, self._devices)
+        row = row_tokens(spec, shape, self._devices.kind, computed, free=capacity)
         batch = None if tokens is None else largest_batch(spec, tokens, row)
-        found = estimate(spec, shape, precision, self._devices.kind, batch)
-        return MemoryNeed(estimate=found, precision=precision, capacity=capacity)
+        found = estimate(spec, shape, computed, self._devices.kind, batch)
+        return MemoryNeed(estimate=found, precision=computed, capacity=capacity)
 
 
 def largest_batch(spec: TrainingSpec, tokens: TokenStatistics, row: int) -> MicroBatch:
-    """The largest batch that the method's trainer can meet: one with the longest sequence in it, padded to that.
+    """The largest batch that a device can meet: one with the longest sequence in it, padded to that.
 
     Packed DPO has rows of ``row`` tokens; for a model that cannot be packed, which shows when it is loaded, the answer
     is too small.
     """
+    size = spec.batch_size // spec.ranks
     if spec.method == "dpo" and spec.options.dpo.packing and tokens.largest_examples:
-        return packed_batch(tokens.largest_examples, row)
+        return packed_batch(tokens.largest_examples[:size], row)
     if spec.method == "supervised" and spec.options.sft.packing:
-        return padded_batch(spec.options.max_length, sequences=1, size=spec.batch_size)
+        return padded_batch(spec.options.max_length, sequences=1, size=size)
     return padded_batch(
         tokens.longest,
         sequences=2 if spec.method in ("dpo", "reward") else 1,
-        size=spec.batch_size,
+        size=size,
         generates=spec.method != "reward",
     )

@@ -10,6 +10,9 @@ What is counted, in bytes. Trained and frozen weights are float32 (TRL's recipe,
     optimizer    8 a trained parameter for Adam's two moments, 0 for SGD without momentum. Gradients, moments and
                  weights of an adapter of a quantized model take half: TRL keeps them in bf16
     activations  what one micro-batch's forward pass keeps for its backward pass, and the vocabulary's logits
+    several      with ddp another 4 a trained parameter, the buckets in which gradients are sent; with fsdp or
+    devices      deepspeed weights, reference, gradients and optimizer are divided among the devices, and each has the
+                 whole weights of two layers, or of all that is no layer, while these are computed
     overhead     the process: interpreter, libraries, and the CUDA context
 
 The bytes that autograd keeps of a layer for one token were read off PyTorch's saved-tensor hooks with transformers'
@@ -32,6 +35,7 @@ _WEIGHT = 4
 _GRADIENT = 4
 # NF4: half a byte, a byte for each 64 parameters as their scale, and for 256 of those scales a scale of 4 bytes.
 _QUANTIZED: dict[QuantizationName | None, float] = {"nf4": 0.5 + 1 / 64 + 4 / (64 * 256), "int8": 1.0}
+_IN_PARTS = ("fsdp", "deepspeed")  # distributions in which no device has the whole model
 MOMENTS = {"adamw": 8, "adam": 8, "sgd": 0}  # bytes a trained parameter
 
 # trl.kernels.chunked_logprob: logits are made in tiles of so many tokens and vocabulary entries at most.
@@ -124,8 +128,9 @@ def estimate(
     trained = shape.trained_parameters(options)
     adapter = trained if options.tuning == "lora" else 0
     keeps_reference = options.tuning == "full" and (
-        # Unless the user asks for it, DPO keeps no second model: its scores are computed before training.
-        (spec.method == "dpo" and options.dpo.precompute_ref_log_probs is False)
+        # Unless the user asks for it, DPO keeps no second model: its scores are computed before training, which a
+        # model in parts does not allow.
+        (spec.method == "dpo" and (options.dpo.precompute_ref_log_probs is False or spec.distribution in _IN_PARTS))
         or (spec.method == "kto" and not options.kto.precompute_ref_log_probs)
     )
     activations = None
@@ -137,15 +142,19 @@ def estimate(
     casts = 0 if precision == "fp32" else 2 * (shape.layer_parameters - sum(narrow))
     widened = size * max(narrow, default=0)
     halves = 2 if quantization is not None else 1
+    weights = _WEIGHT * (shape.parameters - sum(narrow)) + round(_QUANTIZED.get(quantization, 0) * sum(narrow))
+    weights += _WEIGHT * adapter // halves
+    sharded = spec.distribution in _IN_PARTS
+    parts = spec.ranks if sharded else 1
+    # ``layer_parameters`` are those of all layers; they are copied one layer at a time where they are gathered.
+    layers = shape.architecture.layers if shape.architecture is not None else 1
+    gathered = size * max(2 * shape.layer_parameters // layers, shape.parameters - shape.layer_parameters)
+    buckets = _GRADIENT * trained // halves if spec.distribution == "ddp" else 0
     return MemoryEstimate(
-        weights=_WEIGHT * (shape.parameters - sum(narrow))
-        + round(_QUANTIZED.get(quantization, 0) * sum(narrow))
-        + _WEIGHT * adapter // halves
-        + casts
-        + widened,
-        reference=_WEIGHT * shape.parameters if keeps_reference else 0,
-        gradients=_GRADIENT * trained // halves,
-        optimizer=MOMENTS[options.optimizer.name] * trained // halves,
+        weights=weights // parts + (gathered if sharded else casts) + widened,
+        reference=_WEIGHT * shape.parameters // parts if keeps_reference else 0,
+        gradients=_GRADIENT * trained // halves // parts + buckets,
+        optimizer=MOMENTS[options.optimizer.name] * trained // halves // parts,
         activations=activations,
         overhead=OVERHEAD[device],
         accumulated=options.gradient_accumulation_steps > 1 or (batch is not None and batch.partial),

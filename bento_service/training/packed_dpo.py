@@ -27,9 +27,7 @@ from trl.trainer.utils import FusedCausalLMOutput
 from bento_service.training import packed_attention, reply_head
 from bento_service.training.packing import PackedBatch, PackedCollator, PackedRow, select_pairs
 from bento_service.training.reference import ReferenceCache, reference_key
-
-# Losses that are no mean over pairs: they need the whole batch's log-probabilities before the first gradient.
-COUPLED_LOSSES = {"aot", "aot_unpaired", "sft"}
+from bento_service.training.spec import COUPLED_LOSSES
 
 # The check of a packed pass against a stock one: at most this many tokens, and the largest difference of a token's
 # log-probability. In half precision two exact orders of the same sums differ by some hundredths; a token that sees

@@ -30,6 +30,9 @@ LossType = Literal[
 # How a frozen base model's weights can be kept: 4 bits each (NormalFloat, arXiv 2305.14314), or 8 (arXiv 2208.07339).
 QuantizationName = Literal["nf4", "int8"]
 
+# Losses that are no mean over pairs: they need the whole batch's log-probabilities.
+COUPLED_LOSSES: frozenset[LossType] = frozenset({"aot", "aot_unpaired", "sft"})
+
 # The methods of training that have a name; those that a job can ask for have a recipe in ``training.recipes``.
 MethodName = Literal["dpo", "supervised", "kto", "reward"]
 

@@ -19,9 +19,9 @@ from transformers import AutoConfig
 from trl import DPOTrainer
 
 from bento_service.training import packed_attention
-from bento_service.training.packed_dpo import COUPLED_LOSSES, PackedDPOTrainer, why_not_packed
+from bento_service.training.packed_dpo import PackedDPOTrainer, why_not_packed
 from bento_service.training.packing import PackedCollator, PackedRow
-from bento_service.training.spec import LossType
+from bento_service.training.spec import COUPLED_LOSSES, LossType
 from tests.exactness.trainers import Tuning, loss_and_gradients, make_pairs, make_trainer, perturb
 
 REPOSITORY = Path(__file__).resolve().parents[2]

@@ -289,7 +289,7 @@ def test_a_job_whose_checkpoints_do_not_fit_on_the_disk_is_refused_with_both_num
 def test_a_job_that_cannot_fit_in_memory_is_refused_unless_told_otherwise(impl, file_id, monkeypatch):
     save_file({"model.layers.0.q_proj.weight": numpy.zeros((1000, 1000), numpy.float32)}, _weights(impl))
     # Full fine-tuning keeps 16 bytes of each of the 1e6 parameters: itself, its gradient and two moments.
-    monkeypatch.setattr("bento_service.admission.device_memory", lambda devices: 14_400_000)
+    monkeypatch.setattr("bento_service.distribution.device_memory", lambda devices: 14_400_000)
     with pytest.raises(ResourcesExceeded, match=r"0\.02 GB of memory.*device has 0\.01 GB.*lora") as caught:
         impl.submit(request(file_id, options={"tuning": "full"}))
     assert caught.value.param == "trl.tuning"
@@ -297,7 +297,7 @@ def test_a_job_that_cannot_fit_in_memory_is_refused_unless_told_otherwise(impl, 
     assert impl.submit(request(file_id)).id
     assert impl.submit(request(file_id, options={"tuning": "full", "check_memory": False})).id
     # Within the margin of the estimate the job gets its chance.
-    monkeypatch.setattr("bento_service.admission.device_memory", lambda devices: 14_800_000)
+    monkeypatch.setattr("bento_service.distribution.device_memory", lambda devices: 14_800_000)
     assert impl.submit(request(file_id, options={"tuning": "full"})).id
 
 
