@@ -11,12 +11,12 @@ import time
 import types
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object, send_to_device
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from trl import DPOTrainer
@@ -26,6 +26,7 @@ from trl.trainer.utils import FusedCausalLMOutput
 
 from bento_service.training import packed_attention, reply_head
 from bento_service.training.packing import PackedBatch, PackedCollator, PackedRow, select_pairs
+from bento_service.training.rank import of_each
 from bento_service.training.reference import ReferenceCache, reference_key
 from bento_service.training.spec import COUPLED_LOSSES
 
@@ -145,8 +146,8 @@ class PackedDPOTrainer(DPOTrainer):
             # Whatever the model's code does with packed rows, a stock run is right; the reason tells the error.
             problem = f"a packed pass failed: {type(error).__name__}: {str(error).splitlines()[0][:200]}"
         self.check = PackingCheck(pairs=len(examples), difference=difference, seconds=time.monotonic() - began)
-        problem = next(filter(None, gather_object([problem])), None)  # all processes or none
-        if problem is not None:
+        if sum(of_each(problem is not None)):  # all ranks or none
+            problem = problem or "a packed pass differs from a stock one on another rank"
             self._set_attention(packed=False)
             self.data_collator = self._stock_collator
             self.fallback = problem
@@ -189,7 +190,7 @@ class PackedDPOTrainer(DPOTrainer):
         )
         known = self._reference_cache.add(dataset, key)
         # All processes or none: another job may store it between the looks of two of them.
-        if all(gather_object([known is not None])):
+        if all(of_each(known is not None)):
             self.reference_reused.append(name)
             return known
         scored = super()._precompute_ref_logps(dataset, name, batch_size)
@@ -201,11 +202,15 @@ class PackedDPOTrainer(DPOTrainer):
         packed: PackedBatch | None = inputs.get("packed")
         if packed is None:
             return super()._compute_loss(model, inputs, return_outputs)
+        if self.is_fsdp_enabled:
+            # In each pass the ranks gather the model's parts from each other.
+            packed = replace(packed, repeats=max(of_each(len(packed.rows))) - len(packed.rows))
+            inputs = inputs | {"packed": packed}
         if not self.precompute_ref_logps:
             chosen, rejected = self.compute_ref_log_probs(self.ref_model or self.model, inputs)
             inputs = inputs | {"ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
         with self._reference_given():
-            if len(packed.rows) == 1 or not torch.is_grad_enabled():
+            if len(packed.passes) == 1 or not torch.is_grad_enabled():
                 return super()._compute_loss(model, inputs, return_outputs)
             if COUPLED_LOSSES & set(self.loss_types):
                 return self._in_two_passes(model, inputs)
@@ -225,13 +230,14 @@ class PackedDPOTrainer(DPOTrainer):
         """The batch's loss. The gradients of all rows but the last are added up here, the last is the caller's."""
         pairs = inputs["input_ids"].shape[0] // 2
         loss, outputs = torch.zeros((), device=self.accelerator.device), []
-        for row, last in _with_last(inputs["packed"].rows):
+        for (row, counts), last in _with_last(inputs["packed"].passes):
             part = select_pairs(inputs, row)
-            with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
+            with contextlib.nullcontext() if last else self._unsynced(model):
                 output = _score(model, part)
                 with self._metrics_discarded():
-                    share = super()._compute_loss(_Answer(output), part, False) * (len(row.pairs) / pairs)
-                outputs.append(_detached(output))
+                    share = super()._compute_loss(_Answer(output), part, False) * (counts * len(row.pairs) / pairs)
+                if counts:
+                    outputs.append(_detached(output))
                 if not last:
                     self.accelerator.backward(share * self.rank_weight / self.current_gradient_accumulation_steps)
                     share = share.detach()
@@ -243,20 +249,25 @@ class PackedDPOTrainer(DPOTrainer):
 
     def _in_two_passes(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
         """As ``_row_by_row`` for losses over the whole batch: their gradient by log-probability comes first."""
-        rows = inputs["packed"].rows
+        passes = inputs["packed"].passes
         with torch.no_grad():
-            scored = _join([_score(model, select_pairs(inputs, row)) for row in rows], inputs["packed"])
+            answers = [(_score(model, select_pairs(inputs, row)), counts) for row, counts in passes]
+            scored = _join([answer for answer, counts in answers if counts], inputs["packed"])
         scored.log_probs.requires_grad_()
         loss = super()._compute_loss(_Answer(scored), inputs, False)
         (gradient,) = torch.autograd.grad(loss, scored.log_probs)
         loss = loss.detach()
-        for row, last in _with_last(rows):
-            with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
+        for (row, counts), last in _with_last(passes):
+            with contextlib.nullcontext() if last else self._unsynced(model):
                 log_probs = _score(model, select_pairs(inputs, row)).log_probs
-                product = (log_probs * gradient[_both(row, gradient)]).sum()
+                product = (log_probs * gradient[_both(row, gradient)]).sum() * counts
                 if not last:
                     self.accelerator.backward(product * self.rank_weight / self.current_gradient_accumulation_steps)
         return loss + product - product.detach()
+
+    def _unsynced(self, model: nn.Module) -> contextlib.AbstractContextManager[None]:
+        """Gradients stay on this rank; with FSDP they would be the whole model's, so there they are sent each time."""
+        return contextlib.nullcontext() if self.is_fsdp_enabled else self.accelerator.no_sync(model)
 
     @contextlib.contextmanager
     def _metrics_discarded(self) -> Iterator[None]:
@@ -308,14 +319,15 @@ def take_packed_batches(model: PreTrainedModel) -> None:
         for padded in ("input_ids", "attention_mask", "labels"):
             kwargs.pop(padded, None)
         outputs = []
-        for row in packed.rows:
+        for row, counts in packed.passes:
             inputs = {"input_ids": row.input_ids, "position_ids": row.position_ids, "packed_row": row}
             if reply_head.applies_to(self):
                 hidden = self.base_model(**inputs, use_cache=False).last_hidden_state
                 output = reply_head.score(self, hidden, row.targets)
             else:
                 output = stock_forward(**inputs, shift_labels=row.targets, **kwargs)
-            outputs.append(FusedCausalLMOutput(**{name: row.unpack(output.get(name)) for name in _PER_TOKEN}))
+            if counts:
+                outputs.append(FusedCausalLMOutput(**{name: row.unpack(output.get(name)) for name in _PER_TOKEN}))
         return outputs[0] if len(outputs) == 1 else _join(outputs, packed)
 
     model.forward = types.MethodType(forward, model)

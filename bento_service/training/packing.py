@@ -61,13 +61,22 @@ class PackedRow:
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """The rows of a batch; each pair is in exactly one of them."""
+    """The rows of a batch; each pair is in exactly one of them.
+
+    ``repeats`` is how often a row is computed again for nothing, so that all ranks make as many passes.
+    """
 
     rows: list[PackedRow]
+    repeats: int = 0
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "PackedBatch":
         """Moved to a device; accelerate calls this as it does for tensors."""
-        return PackedBatch([row.to(device, non_blocking) for row in self.rows])
+        return PackedBatch([row.to(device, non_blocking) for row in self.rows], self.repeats)
+
+    @property
+    def passes(self) -> list[tuple[PackedRow, bool]]:
+        """The rows to compute, one after the other, and whether each counts; the last one does."""
+        return [(self.rows[0], False)] * self.repeats + [(row, True) for row in self.rows]
 
     @property
     def tokens(self) -> int:

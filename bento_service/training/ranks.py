@@ -28,6 +28,9 @@ LOST_CODE = "rank_lost"
 # Once a rank has stopped on request, the others have this long: one that waits for it in vain hears no signal.
 _STOP_TOGETHER_SECONDS = 15.0
 
+# What torchrun gives the other ranks when one has failed; its own default.
+_SHUTDOWN_SECONDS = 30
+
 # Ends what is copied of a rank's output.
 _LAST_LINE = b"\0 end of rank\n"
 
@@ -66,6 +69,7 @@ def train(run: RunDirectory, count: int, attempt: int, stop: StopSwitch) -> Outc
         local_addr="localhost",
         max_restarts=0,  # an attempt is the supervisor's to repeat
         logs_specs=logs,
+        shutdown_timeout=_SHUTDOWN_SECONDS,
         signals_to_handle="SIGHUP",  # SIGTERM is the messenger's
     )
     arguments = ("-P", "-m", "bento_service.training", str(run.path))
@@ -73,7 +77,13 @@ def train(run: RunDirectory, count: int, attempt: int, stop: StopSwitch) -> Outc
     try:
         elastic_launch(config, sys.executable)(*arguments, "--attempt", str(attempt), "--rank-of", str(os.getpid()))
     except ChildFailedError as error:
-        exits = {rank: failure.exitcode for rank, failure in error.failures.items()}
+        # Among the failures are also ranks that torchrun has killed, half a minute after the first one failed.
+        first = min(failure.timestamp for failure in error.failures.values())
+        exits = {
+            rank: failure.exitcode
+            for rank, failure in error.failures.items()
+            if failure.timestamp < first + _SHUTDOWN_SECONDS / 2
+        }
     finally:
         logs.finish()
     outcomes = read_outcomes(run.rank_outcomes)
@@ -108,10 +118,8 @@ def conclude(
     if first is not None and first.status == "succeeded":
         return Outcome(attempt=attempt, status="succeeded")
     told = {outcome.rank for outcome in outcomes}
-    # A rank that aborts may do so because another one was lost.
-    ours = {-signal.SIGTERM} if stop_requested else set()
-    killed = [rank for rank, code in exits.items() if code < 0 and code not in {-signal.SIGABRT, *ours}]
-    killed = [rank for rank in killed if rank not in told]
+    # A rank that aborts may do so because another one was lost; SIGTERM is also how torchrun ends those that are left.
+    killed = [rank for rank, code in exits.items() if code < 0 and code not in (-signal.SIGABRT, -signal.SIGTERM)]
     if killed:
         return _died(attempt, count, killed[0], exits)
     causes = [outcome for outcome in outcomes if outcome.status == "failed" and outcome.code != LOST_CODE]

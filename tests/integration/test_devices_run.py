@@ -146,8 +146,10 @@ def test_a_job_survives_the_death_of_any_of_its_processes_and_equals_one_device(
     run = host.directory(job)
     stopped_after = max(losses(run))
     assert run.complete_checkpoints()[-1].name == f"checkpoint-{stopped_after}"
-    states = {file.name for file in run.complete_checkpoints()[-1].glob("rng*")}
-    assert states == {"rng_state_0.pth", "rng_state_1.pth"}
+    assert {file.name for file in run.complete_checkpoints()[-1].glob("rng*")} == {
+        "rng_state_0.pth",
+        "rng_state_1.pth",
+    }
 
     host.impl.resume(job.id)
     host.drive_to(job, JobStatus.SUCCEEDED)
