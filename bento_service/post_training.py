@@ -36,6 +36,7 @@ from bento_service.jobs.job import (
     StoredFile,
 )
 from bento_service.jobs.log_page import LogPage, read_page, read_tail
+from bento_service.jobs.retention import delete_model
 from bento_service.jobs.store import Store
 from bento_service.model_catalog import Model, ModelCatalog
 from bento_service.plain_file import PlainFile
@@ -276,6 +277,14 @@ class TrlPostTrainingImpl:
     def get_model(self, name: str) -> Model:
         """Raises NotFound."""
         return self._catalog.get(name)
+
+    def delete_model(self, name: str) -> None:
+        """Delete a trained model, with all checkpoints and the log of its job. Raises NotFound, of base models too."""
+        model = self._catalog.get(name)
+        if model.job_id is None:
+            raise NotFound(f"{name} is a base model: only trained models can be deleted.", param="model")
+        delete_model(self.settings, self._store, model.job_id)
+        log.info("model.deleted", model=name, job=model.job_id)
 
     # ---------------------------------------------------------------- service
 

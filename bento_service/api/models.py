@@ -5,7 +5,7 @@ from typing import Annotated
 from fastapi import APIRouter, Path
 
 from bento_service.api.context import Impl, error_answers
-from bento_service.api.wire import ModelList, ModelObject
+from bento_service.api.wire import ModelDeleted, ModelList, ModelObject
 
 router = APIRouter(prefix="/v1/models", tags=["Models"])
 
@@ -25,3 +25,12 @@ def list_models(impl: Impl) -> ModelList:
 @router.get("/{model:path}", summary="Describe a model", responses=error_answers(400, 404))
 def get_model(model: ModelName, impl: Impl) -> ModelObject:
     return ModelObject.of(impl.get_model(model))
+
+
+@router.delete("/{model:path}", summary="Delete a model", responses=error_answers(400, 404))
+def delete_model(model: ModelName, impl: Impl) -> ModelDeleted:
+    """Deletes a trained model with all checkpoints, the manifest and the log of its job. The job, its events and its
+    result files stay. Base models are the operator's: 404.
+    """
+    impl.delete_model(model)
+    return ModelDeleted(id=model)

@@ -499,10 +499,16 @@ class Store:
             )
             rows = list(_rows(connection, ended.with_for_update()))
             for row in rows:
-                connection.execute(checkpoints.delete().where(checkpoints.c.job_id == row["id"]))
-                _append(connection, row, "message", "Checkpoints and log deleted: their retention time is over")
-                _update(connection, row, artifacts_expired=True)
+                _forget_artifacts(connection, row, "their retention time is over")
             return [row["id"] for row in rows]
+
+    def delete_model(self, job_id: str) -> None:
+        """Forget the checkpoints of a job that has succeeded. Raises NotFound when it has none."""
+        with self._write() as connection:
+            row = _job_row(connection, job_id, lock=True)
+            if row["status"] != JobStatus.SUCCEEDED.value or row["artifacts_expired"]:
+                raise NotFound(f"Job {job_id} has no trained model.")
+            _forget_artifacts(connection, row, "the model was deleted")
 
     def failures(self, job_id: str) -> int:
         """Attempts of the job that ended by an infrastructure cause."""
@@ -548,6 +554,12 @@ def _job_row(connection: Connection, job_id: str, *, lock: bool = False) -> dict
     if row is None:
         raise NotFound(f"No fine-tuning job {job_id}.")
     return dict(row)
+
+
+def _forget_artifacts(connection: Connection, row: dict[str, Any], why: str) -> None:
+    connection.execute(checkpoints.delete().where(checkpoints.c.job_id == row["id"]))
+    _append(connection, row, "message", f"Checkpoints and log deleted: {why}")
+    _update(connection, row, artifacts_expired=True)
 
 
 def _state(connection: Connection, job_id: str) -> tuple[JobStatus, int]:

@@ -3,7 +3,6 @@
 One real service for all of them, with a tiny model under the name that they use.
 """
 
-import json
 import os
 import re
 import subprocess
@@ -95,6 +94,7 @@ def known(names):
         values["OTHER_JOB"] = first["id"]
     if "checkpoint" in names:
         values["STEP"] = str(names["checkpoint"].step_number)
+        values["TRAINED_MODEL"] = names["client"].fine_tuning.jobs.retrieve(names["job"].id).fine_tuned_model
     return values
 
 
@@ -131,11 +131,11 @@ def test_the_examples_run_as_they_are_written(server, elsewhere, folder, capsys)
                 assert ran.returncode == 0, (title, ran.stdout, ran.stderr, server.log())
         if title == "Pause a job":
             settle(names)
+    assert names["client"].fine_tuning.jobs.retrieve(names["job"].id).status == "succeeded"
+    assert not (server.home / "runs" / names["job"].id).exists()  # its model was deleted
     names["http"].close()
     names["client"].close()
 
-    job = json.loads((server.home / "runs" / names["job"].id / "outcome.json").read_text())
-    assert job["status"] == "succeeded"
     assert (folder / "pairs.jsonl").read_bytes() == (REPOSITORY / "examples" / "preferences.jsonl").read_bytes()
     assert (folder / "checkpoint.tar").stat().st_size > 10_000
     printed = capsys.readouterr().out.splitlines()

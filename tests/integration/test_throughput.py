@@ -8,6 +8,7 @@ import pytest
 import torch
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM
+from trl.trainer import reward_trainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
@@ -15,6 +16,7 @@ from bento_service.training.dpo import CountingDPOTrainer
 from bento_service.training.flops import PEAK_FLOPS, device_flops, flops_per_position
 from bento_service.training.kto import CountingKTOTrainer
 from bento_service.training.lora import lora_config
+from bento_service.training.reward import CountingRewardTrainer
 from bento_service.training.sft import CountingSFTTrainer
 from bento_service.training.spec import LoraOptions
 from bento_service.training.throughput import BatchSize, CountingTrainer, Meter, Totals, peak_memory
@@ -34,6 +36,10 @@ def test_a_batch_of_pairs() -> None:
     # Sequences of 3, 2, 5 and 2 tokens, the end token (0) among them being no padding.
     inputs = DataCollatorForPreference(pad_token_id=0)(pairs)
     assert size(CountingDPOTrainer, inputs) == BatchSize(rows=2, tokens=12, computed=20, padding=8)
+    scored = reward_trainer.DataCollatorForPreference(pad_token_id=0)(
+        [{"chosen_ids": [1, 2, 0], "rejected_ids": [4, 0]}]
+    )
+    assert size(CountingRewardTrainer, scored) == BatchSize(rows=1, tokens=5, computed=6, padding=1)
 
 
 def test_a_batch_of_rows_padded_and_packed() -> None:

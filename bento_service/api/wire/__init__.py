@@ -10,7 +10,7 @@ from bento_service.api.wire.health import Health
 from bento_service.api.wire.history import AttemptObject, EventObject, LogObject
 from bento_service.api.wire.jobs import CreateJob, JobObject
 from bento_service.api.wire.methods import DpoHyperparameters, DpoMethod, Method
-from bento_service.api.wire.models import ModelList, ModelObject
+from bento_service.api.wire.models import ModelDeleted, ModelList, ModelObject
 
 __all__ = [
     "AttemptObject",
@@ -26,6 +26,7 @@ __all__ = [
     "ListOf",
     "LogObject",
     "Method",
+    "ModelDeleted",
     "ModelList",
     "ModelObject",
     "Strict",

@@ -36,6 +36,12 @@ class ModelObject(BaseModel):
         )
 
 
+class ModelDeleted(BaseModel):
+    id: str
+    object: Literal["model"] = "model"
+    deleted: Literal[True] = True
+
+
 class ModelList(BaseModel):
     """All models; OpenAI's list of models has no pages."""
 

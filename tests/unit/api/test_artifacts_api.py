@@ -249,6 +249,28 @@ def test_models_are_what_is_here_and_what_was_trained(client, impl, store, train
     assert client.get(f"/v1/models/{name}").status_code == 404
 
 
+def test_a_trained_model_can_be_deleted(client, impl, trained):
+    name = impl.status(trained.id).fine_tuned_model
+    folder = impl.settings.runs_path / trained.id
+    assert folder.exists()
+    deleted = client.delete(f"/v1/models/{name.replace('/', '%2F')}").json()
+    assert deleted == {"id": name, "object": "model", "deleted": True}
+    assert not folder.exists()
+    assert client.get(f"{JOBS}/{trained.id}/checkpoints").json()["data"] == []
+    assert client.get(f"{JOBS}/{trained.id}").json()["status"] == "succeeded"
+    assert "model was deleted" in client.get(f"{JOBS}/{trained.id}/events").json()["data"][0]["message"]
+    again = client.delete(f"/v1/models/{name}")
+    assert (again.status_code, again.json()["error"]["param"]) == (404, "model")
+
+
+def test_a_base_model_cannot_be_deleted(client, impl):
+    answer = client.delete(f"/v1/models/{MODEL}")
+    assert (answer.status_code, answer.json()["error"]["type"]) == (404, "not_found_error")
+    assert "base model" in answer.json()["error"]["message"]
+    assert (impl.settings.models_path / MODEL / "config.json").exists()
+    assert client.delete("/v1/models/absent").status_code == 404
+
+
 @pytest.mark.parametrize("name", ["absent", "org/absent", "../../etc", "ft:org/tiny:" + "0" * 24, "x" * 500])
 def test_unknown_models(client, name):
     answer = client.get(f"/v1/models/{name.replace('/', '%2F')}")
