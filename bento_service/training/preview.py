@@ -157,9 +157,12 @@ def _count(order: Order, training: DatasetReport, validation: DatasetReport | No
         evaluated = tally.statistics(validation.rows)
     for statistics, param in ((tokens, "training_file"), (evaluated, spec.validation_file and "validation_file")):
         if statistics is not None and not statistics.trained:
-            long = "every row has more than" if spec.method == "reward" else "the prompt of every row alone fills the"
+            most = f"{spec.options.max_length} tokens"
+            long = f"the prompt of every row alone has {most} or more"
+            if spec.method == "reward":
+                long = f"every pair has more than {most}"
             raise InvalidRequest(
-                f"{param or 'training_file'}: {long} {spec.options.max_length} tokens: raise max_length",
+                f"{param or 'training_file'}: {long}: raise max_length",
                 param="trl.max_length",
             )
     return {"tokens": tokens, "validation_tokens": evaluated, "run": run_of(spec, tokens, evaluated)}

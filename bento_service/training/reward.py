@@ -28,6 +28,7 @@ from bento_service.training.throughput import CountingTrainer
 
 class CountingRewardTrainer(CountingTrainer, RewardTrainer):
     sequences_per_row = 2  # the chosen and the rejected reply, each after the prompt
+    gathers_means = True  # of accuracy and margin
 
 
 def run(

@@ -71,6 +71,7 @@ class SharedBatchTrainer(Trainer):
 
     accelerator: Any
     data_collator: Any
+    gathers_means = False  # whether TRL gathers means over a rank's rows, to take their mean
     rank_weight: float = 1.0  # of this rank's part of the batch under way in the mean over ranks
 
     def rows_in(self, inputs: Mapping[str, Any]) -> int:
@@ -108,13 +109,14 @@ class SharedBatchTrainer(Trainer):
         if accelerator.num_processes == 1:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         filler = inputs.pop(FILLER, False)
-        rows = of_each(0 if filler else self.rows_in(inputs))
+        here = self.rows_in(inputs)
+        rows = of_each(0 if filler else here)
         if num_items_in_batch is not None:  # the loss is a sum over the whole batch's tokens already
             self.rank_weight = 1.0
         else:
             items = of_each(0 if filler else self.loss_items(inputs))
             self.rank_weight = len(items) * items[accelerator.process_index] / max(1, sum(items))
-        self.accelerator = PartsGathered(accelerator, rows)
+        self.accelerator = PartsGathered(accelerator, rows, here=here, means=self.gathers_means)
         try:
             result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         finally:
@@ -129,24 +131,30 @@ class SharedBatchTrainer(Trainer):
 class PartsGathered:
     """An Accelerator whose ``gather`` makes whole batches of ranks' parts that differ in length.
 
-    ``rows`` are those of each rank. Where gather_for_metrics would cut off what accelerate filled up, nothing is.
+    ``rows`` are those of each rank, ``here`` those of the batch that this one has, counted or not. With ``means``,
+    single numbers are means over a rank's rows. Where gather_for_metrics would cut off what accelerate filled up,
+    nothing is.
     """
 
-    def __init__(self, accelerator: Any, rows: Sequence[int]) -> None:
+    def __init__(self, accelerator: Any, rows: Sequence[int], *, here: int, means: bool = False) -> None:
         self._accelerator = accelerator
         self._rows = rows
+        self._here = here
+        self._means = means
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._accelerator, name)
 
     def gather(self, tensor: Tensor) -> Tensor:
-        """A value of each rank that has rows, or of each row of all ranks."""
+        """A value of each rank that has rows (a mean as often as there are), or those of each row of all ranks."""
+        rows = torch.tensor(self._rows, device=tensor.device)
         if tensor.dim() == 0:
-            return self._accelerator.gather(tensor)[torch.tensor(self._rows, device=tensor.device) > 0]
-        most = max(self._rows)
-        padded = tensor.new_zeros(most, *tensor.shape[1:])
+            values = self._accelerator.gather(tensor)
+            return values.repeat_interleave(rows) if self._means and tensor.is_floating_point() else values[rows > 0]
+        each = len(tensor) // self._here  # a reward model has two values of a pair
+        padded = tensor.new_zeros(each * max(self._rows), *tensor.shape[1:])
         padded[: len(tensor)] = tensor
         parts = self._accelerator.gather(padded).view(len(self._rows), *padded.shape)
-        return torch.cat([part[:rows] for part, rows in zip(parts, self._rows, strict=True)])
+        return torch.cat([part[: each * rows] for part, rows in zip(parts, self._rows, strict=True)])
 
     gather_for_metrics = gather

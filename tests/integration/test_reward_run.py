@@ -15,7 +15,7 @@ from trl import RewardConfig, RewardTrainer
 
 from bento_service.training.__main__ import main
 from tests.tiny_model import make_tiny_model
-from tests.trainer_run import events_of, losses, make_run, preference_rows, write_rows
+from tests.trainer_run import events_of, losses, make_run, preference_rows, train, write_rows
 
 ROWS = preference_rows(12)
 
@@ -117,6 +117,30 @@ def test_a_run_equals_a_plain_trl_script(tmp_path: Path, model: Path, rows: Path
     card = (final / "README.md").read_text()
     assert "after reward modeling" in card and "AutoModelForSequenceClassification" in card
     assert "| accuracy | margin |" in card
+
+
+def test_two_devices_compute_what_one_does(tmp_path: Path, model: Path) -> None:
+    """The second batch has one row: one rank has it, the other none. Metrics are over all rows, too."""
+    rows = write_rows(tmp_path / "train.jsonl", ROWS[:5])
+    runs = [
+        make_run(
+            tmp_path / str(devices), model, rows, method="reward", beta=None, tuning="full", batch_size=4,
+            n_epochs=2, validation_file=rows, devices=devices,
+        )
+        for devices in (1, 2)
+    ]  # fmt: skip
+    alone, shared = runs
+    shared.write_spec(shared.read_spec().model_copy(update={"distribution": "ddp"}))
+    assert main([str(alone.path), "--attempt", "1"]) == 0
+    outcome = train(shared)
+    assert outcome.status == "succeeded", shared.log_tail()
+    for kind, names in (
+        ("metrics", ("loss", "accuracy", "margin", "mean_reward", "min_reward", "max_reward")),
+        ("evaluation", ("eval_loss", "eval_accuracy", "eval_margin", "eval_mean_reward")),
+    ):
+        expected = [[event.data[name] for name in names] for event in events_of(alone, kind)]
+        found = [[event.data[name] for name in names] for event in events_of(shared, kind)]
+        assert found == [pytest.approx(values, rel=1e-5, abs=1e-5) for values in expected]
 
 
 def test_pairs_that_are_too_long_are_left_out(tmp_path: Path, model: Path, rows: Path) -> None:
