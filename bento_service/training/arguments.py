@@ -10,6 +10,17 @@ from bento_service.training.spec import TrainingSpec
 # TRL's names of the optimizers. adamw is TRL's own default; adam is AdamW without weight decay, which is Adam.
 OPTIMIZERS = {"adamw": "adamw_torch_fused", "adam": "adamw_torch_fused", "sgd": "sgd"}
 
+# ZeRO-3; "auto" is what transformers fills in from the other arguments. Saved models are whole.
+DEEPSPEED_CONFIG = {
+    "zero_optimization": {"stage": 3, "stage3_gather_16bit_weights_on_model_save": True},
+    "bf16": {"enabled": "auto"},
+    "fp16": {"enabled": "auto"},
+    "gradient_clipping": "auto",
+    "gradient_accumulation_steps": "auto",
+    "train_batch_size": "auto",
+    "train_micro_batch_size_per_gpu": "auto",
+}
+
 
 def shared_arguments(
     spec: TrainingSpec, run: RunDirectory, device: Device, precision: Literal["bf16", "fp16", "fp32"]
@@ -59,4 +70,20 @@ def shared_arguments(
         "include_num_input_tokens_seen": "non_padding",
         "report_to": "none",
         "disable_tqdm": True,
+        **_in_parts(spec),
     }
+
+
+def _in_parts(spec: TrainingSpec) -> dict[str, Any]:
+    """Arguments of a model that is divided among the devices."""
+    if spec.distribution == "fsdp":
+        return {
+            "fsdp": True,
+            # Checkpoints are whole: what is handed out is a model like any other.
+            "fsdp_config": {"version": 2, "reshard_after_forward": True, "state_dict_type": "FULL_STATE_DICT"},
+            # Gradients that wait for the next micro-batch would be the whole model's on each device.
+            "accelerator_config": {"gradient_accumulation_kwargs": {"sync_each_batch": True}},
+        }
+    if spec.distribution == "deepspeed":
+        return {"deepspeed": DEEPSPEED_CONFIG}
+    return {}

@@ -114,6 +114,8 @@ class PackedDPOTrainer(DPOTrainer):
             self._check()
 
     def _why_not_here(self) -> str | None:
+        if self.is_deepspeed_enabled:
+            return "DeepSpeed has the model's parts"
         if self.aux_loss_enabled:
             return "the model's load-balancing loss counts every token of the padded batch"
         if self._is_vision_dataset:

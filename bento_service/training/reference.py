@@ -30,6 +30,8 @@ def precompute_pays(spec: TrainingSpec, rows: int) -> bool:
     One pass over ``rows`` pairs costs as much as scoring them step by step in one epoch. In full fine-tuning it spares
     a second model in memory, so it pays from one epoch on; with an adapter, where there is no second model, from two.
     """
+    if spec.distribution in ("fsdp", "deepspeed"):
+        return False  # before training no device has the whole model
     if spec.options.dpo.precompute_ref_log_probs is not None:
         return spec.options.dpo.precompute_ref_log_probs
     steps = Schedule.of(spec, rows=rows, evaluated=False).total_steps

@@ -1,0 +1,39 @@
+"""One rank of test_methods_on_two_devices_equal_one: torchrun two_ranks.py RUN_DIRECTORY...
+
+It trains one run after the other. accelerate offers FSDP on GPUs only: for a run with fsdp it is told that these
+processes are such, which is all that it asks; the rest of FSDP2 works on CPUs.
+"""
+
+import importlib
+import sys
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from accelerate.utils import DistributedType
+from transformers import TrainingArguments
+
+from bento_service.training.events import EventWriter, MutedWriter
+from bento_service.training.rank import AgreedStop, Rank
+from bento_service.training.recipes import RECIPES
+from bento_service.training.run_directory import RunDirectory
+
+_prepared = TrainingArguments.__post_init__
+
+
+def _offer_fsdp(self: Any) -> None:
+    _prepared(self)
+    kind = DistributedType.MULTI_GPU if self.fsdp else DistributedType.MULTI_CPU
+    assert self.distributed_state is not None
+    PartialState._shared_state["distributed_type"] = kind
+
+
+TrainingArguments.__post_init__ = _offer_fsdp  # type: ignore[method-assign]
+
+for folder in sys.argv[1:]:
+    run = RunDirectory(Path(folder))
+    spec = run.read_spec()
+    assert Rank.of_this_process().count == spec.ranks == 2
+    events = EventWriter(run.events_file) if Rank.of_this_process().is_first else MutedWriter()
+    status = importlib.import_module(RECIPES[spec.method]).run(spec, run, events, AgreedStop())
+    assert status == "succeeded"
