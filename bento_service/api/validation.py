@@ -33,6 +33,9 @@ class ResolvedSettings(BaseModel):
     n_epochs: int
     learning_rate: float = Field(description="Peak learning rate.")
     device: Literal["auto", "cuda", "cpu", "mps"]
+    distribution: Literal["ddp", "fsdp", "deepspeed"] | None = Field(
+        description="How several devices share the training; null: one process trains."
+    )
     options: TrlOptions
 
     @classmethod
@@ -64,7 +67,7 @@ class TokensBody(BaseModel):
 
 
 class MemoryBody(BaseModel):
-    """Estimated bytes on each device, by arithmetic; see docs/usage.md for what it was compared with."""
+    """Estimated bytes on each of the job's devices, by arithmetic; see docs/usage.md for what it was compared with."""
 
     precision: Literal["bf16", "fp16", "fp32"] = Field(description="Of the forward and backward pass.")
     weights: int
@@ -77,7 +80,7 @@ class MemoryBody(BaseModel):
         description="The peak. Without gradient accumulation it is less than the sum, since gradients grow as "
         "activations are freed."
     )
-    device: int | None = Field(description="Memory of the device; null when that cannot be told.")
+    device: int | None = Field(description="Memory of the device; of CPU slots, their share. Null: it cannot be told.")
     fits: bool | None
 
     @classmethod

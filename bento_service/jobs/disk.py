@@ -41,7 +41,9 @@ def disk_need(spec: TrainingSpec, runs: Path) -> DiskNeed:
     trained = 0
     if spec.model_path is not None:
         trained = ModelShape.of(Path(spec.model_path)).trained_parameters(spec.options)
-    checkpoint = trained * (_WEIGHT_BYTES + MOMENTS[spec.options.optimizer.name])
+    # With FSDP the weights are saved twice: to be handed out, and to continue from.
+    copies = 2 if spec.distribution == "fsdp" else 1
+    checkpoint = trained * (copies * _WEIGHT_BYTES + MOMENTS[spec.options.optimizer.name])
     place = next(folder for folder in (runs, *runs.parents) if folder.exists())
     return DiskNeed(
         needed=checkpoint * (spec.options.saving.total_limit + 1 + spec.is_evaluated) + _REST_BYTES,

@@ -1,7 +1,8 @@
 """One rank of test_methods_on_two_devices_equal_one: torchrun two_ranks.py RUN_DIRECTORY...
 
-It trains one run after the other. accelerate offers FSDP on GPUs only: for a run with fsdp it is told that these
-processes are such, which is all that it asks; the rest of FSDP2 works on CPUs.
+It trains one run after the other, a run that is named again from its last checkpoint but one. accelerate offers FSDP on
+GPUs only: for a run with fsdp it is told that these processes are such, which is all that it asks; the rest of FSDP2
+works on CPUs.
 """
 
 import importlib
@@ -13,8 +14,9 @@ from accelerate import PartialState
 from accelerate.utils import DistributedType
 from transformers import TrainingArguments
 
+from bento_service.training import checkpoints
 from bento_service.training.events import EventWriter, MutedWriter
-from bento_service.training.rank import AgreedStop, Rank
+from bento_service.training.rank import AgreedStop, Rank, first_says
 from bento_service.training.recipes import RECIPES
 from bento_service.training.run_directory import RunDirectory
 
@@ -30,10 +32,14 @@ def _offer_fsdp(self: Any) -> None:
 
 TrainingArguments.__post_init__ = _offer_fsdp  # type: ignore[method-assign]
 
-for folder in sys.argv[1:]:
+for number, folder in enumerate(sys.argv[1:], start=1):
     run = RunDirectory(Path(folder))
     spec = run.read_spec()
     assert Rank.of_this_process().count == spec.ranks == 2
     events = EventWriter(run.events_file) if Rank.of_this_process().is_first else MutedWriter()
+    if folder in sys.argv[1:number]:
+        if Rank.of_this_process().is_first:
+            checkpoints.remove(run.complete_checkpoints()[-1])
+        first_says(None)  # once that is done
     status = importlib.import_module(RECIPES[spec.method]).run(spec, run, events, AgreedStop())
     assert status == "succeeded"

@@ -113,6 +113,9 @@ class Resolved(BaseModel):
     learning_rate: float = Field(description="Peak learning rate.")
     model_path: str | None = Field(description="The base model's folder on the service; null: loaded from the hub.")
     device: Literal["auto", "cuda", "cpu", "mps"]
+    distribution: Literal["ddp", "fsdp", "deepspeed"] | None = Field(
+        description="How several devices share the training; null: one process trains."
+    )
 
 
 class TrlJob(BaseModel):
@@ -217,7 +220,10 @@ class JobObject(BaseModel):
                 ),
                 options=job.request.options,
                 resolved=Resolved(
-                    learning_rate=job.spec.learning_rate, model_path=job.spec.model_path, device=job.spec.device
+                    learning_rate=job.spec.learning_rate,
+                    model_path=job.spec.model_path,
+                    device=job.spec.device,
+                    distribution=job.spec.distribution,
                 ),
             ),
         )

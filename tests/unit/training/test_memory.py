@@ -164,3 +164,17 @@ def test_rows_take_as_many_tokens_as_memory_allows():
     assert row_tokens(spec, deep, "cpu", "fp32", free=1) == FEWEST_TOKENS
     own = make_job(options={"dpo": {"max_row_tokens": 77}}).spec
     assert row_tokens(own, deep, "cpu", "fp32", free=1) == 77
+
+
+def shared(distribution, **options):
+    spec = make_job(options={"devices": 4, "tuning": "full", **options}).spec
+    return estimate(spec.model_copy(update={"distribution": distribution}), SHAPE, "fp32", "cuda", None)
+
+
+def test_each_device_has_the_whole_model_or_a_part_of_it():
+    whole, part, alone = shared("ddp"), shared("fsdp"), memory(tuning="full")
+    assert (whole.weights, whole.optimizer) == (alone.weights, alone.optimizer)
+    assert whole.gradients == 2 * alone.gradients  # the buckets in which they are sent
+    assert (part.gradients, part.optimizer) == (alone.gradients // 4, alone.optimizer // 4)
+    assert part.weights == alone.weights // 4 + 4 * 64_000  # the embedding is gathered whole
+    assert (part.reference, whole.reference) == (alone.weights // 4, 0)  # not scored before training
