@@ -1,7 +1,7 @@
 """One rank of test_methods_on_two_devices_equal_one: torchrun two_ranks.py RUN_DIRECTORY...
 
-It trains one run after the other, a run that is named again from its last checkpoint but one. accelerate offers FSDP on
-GPUs only: for a run with fsdp it is told that these processes are such, which is all that it asks; the rest of FSDP2
+It trains one run after the other, a run that is named again from its last checkpoint but one. accelerate offers FSDP
+on GPUs only: for a run with fsdp it is told that these processes are such, which is all it asks; the rest of FSDP2
 works on CPUs.
 """
 

@@ -8,7 +8,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import BatchSampler, SequentialSampler
 
-from bento_service.training import shared_batches
 from bento_service.training.shared_batches import FILLER, FillingCollator, PartsGathered, RankBatches, part
 
 
@@ -49,18 +48,19 @@ class Together:
         return torch.stack([tensor, self.other.squeeze()]) if tensor.dim() == 0 else torch.cat([tensor, self.other])
 
 
-@pytest.mark.parametrize(("rows", "means", "gathered"), [([2, 1], False, 4.0), ([2, 1], True, 10 / 3)])
-def test_a_number_of_each_rank_is_a_sum_or_the_mean_of_its_rows(rows, means, gathered):
-    accelerator = PartsGathered(Together(torch.tensor(2.0)), rows, means=means)
-    values = accelerator.gather_for_metrics(torch.tensor(4.0))
-    assert (values.mean() if means else values.sum() - 2).item() == pytest.approx(gathered)
+def test_a_number_of_each_rank_is_a_sum_or_the_mean_of_its_rows():
+    def gathered(number, *, means):
+        accelerator = PartsGathered(Together(torch.tensor(2 * number)), [2, 1], here=2, means=means)
+        return accelerator.gather_for_metrics(torch.tensor(number))
+
+    assert gathered(4.0, means=False).sum().item() == 12
+    assert gathered(4.0, means=True).mean().item() == pytest.approx((2 * 4 + 8) / 3)
+    assert gathered(4, means=True).sum().item() == 12  # a count
 
 
-def test_values_of_rows_are_gathered_without_what_fills_up(monkeypatch):
-    monkeypatch.setattr(shared_batches, "of_each", lambda length: [length, 1])
-    accelerator = PartsGathered(Together(torch.tensor([3.0, 0.0])), [2, 1], means=False)
+def test_values_of_rows_are_gathered_without_what_fills_up():
+    accelerator = PartsGathered(Together(torch.tensor([3.0, 0.0])), [2, 1], here=2, means=False)
     assert accelerator.gather(torch.tensor([1.0, 2.0])).tolist() == [1.0, 2.0, 3.0]
-    monkeypatch.setattr(shared_batches, "of_each", lambda length: [length, 0])
-    accelerator = PartsGathered(Together(torch.tensor([0.0])), [1, 0], means=False)
+    accelerator = PartsGathered(Together(torch.tensor([9.0])), [1, 0], here=1, means=False)
     assert accelerator.gather(torch.tensor([1.0])).tolist() == [1.0]
     assert accelerator.gather(torch.tensor(1.0)).tolist() == [1.0]
