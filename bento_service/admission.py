@@ -161,6 +161,12 @@ class Admission:
             )
 
     def _require_trainable(self, spec: TrainingSpec, shape: ModelShape) -> None:
+        if shape.packed and spec.options.tuning == "full":
+            raise InvalidRequest(
+                f"model {spec.model} is stored quantized, and such weights cannot be trained: train an adapter "
+                '(trl.tuning "lora"), or name the unquantized model.',
+                param="trl.tuning",
+            )
         require_head(spec.model, shape.classes, labels=shape.labels, scores=spec.method == "reward")
         self._require_memory(spec, shape)
 

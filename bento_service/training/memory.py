@@ -143,7 +143,7 @@ def estimate(
     widened = size * max(narrow, default=0)
     halves = 2 if quantization is not None else 1
     weights = _WEIGHT * (shape.parameters - sum(narrow)) + round(_QUANTIZED.get(quantization, 0) * sum(narrow))
-    weights += _WEIGHT * adapter // halves
+    weights += _WEIGHT * adapter // halves + shape.packed
     sharded = spec.distribution in _IN_PARTS
     parts = spec.ranks if sharded else 1
     # ``layer_parameters`` are those of all layers; they are copied one layer at a time where they are gathered.

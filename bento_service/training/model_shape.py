@@ -14,6 +14,9 @@ from bento_service.training.spec import LoraOptions, TrlOptions
 # The safetensors format's own limit.
 _MAX_HEADER_BYTES = 100_000_000
 
+# Types of the tensors that bitsandbytes packs weights of 4 and 8 bits into, with their scales.
+_BYTES = {"U8", "I8"}
+
 # Not adapted by LoRA's "all-linear".
 _NOT_LINEAR = ("embed", "lm_head", "wte", "wpe")
 
@@ -35,12 +38,15 @@ class Architecture:
 class ModelShape:
     """``tensors`` has the name and shape of each stored tensor; it is empty when no weights are in the folder.
 
+    Of a model that is stored quantized ``packed`` is the size of the quantized tensors in bytes; these are not among
+    ``tensors``, since their shapes say nothing of the layers'.
     ``architecture`` is None when the configuration does not name the sizes of a decoder-only transformer;
     ``classes`` are transformers' names of the model with its head, ``labels`` how many a classifier's head has.
     """
 
     tensors: Mapping[str, tuple[int, ...]]
     architecture: Architecture | None
+    packed: int = 0
     classes: tuple[str, ...] = ()
     labels: int = 2
 
@@ -50,7 +56,7 @@ class ModelShape:
 
         Raises InvalidRequest when one of them is not what its name says, such as a pointer of git LFS.
         """
-        tensors, config = _tensors(folder), _configuration(folder / "config.json")
+        (tensors, packed), config = _tensors(folder), _configuration(folder / "config.json")
         architecture = architecture_of(config)
         if architecture is not None and any(".q_norm." in name for name in tensors):
             architecture = replace(architecture, normalized_queries=True)
@@ -58,6 +64,7 @@ class ModelShape:
         return cls(
             tensors=tensors,
             architecture=architecture,
+            packed=packed,
             classes=tuple(map(str, classes)) if isinstance(classes, list) else (),
             labels=len(labels) if isinstance(labels, dict) else 2,  # transformers' default
         )
@@ -104,21 +111,29 @@ def _is_linear(name: str, shape: tuple[int, ...]) -> bool:
     return len(shape) == 2 and not any(part in name for part in _NOT_LINEAR)
 
 
-def _tensors(folder: Path) -> dict[str, tuple[int, ...]]:
-    """From the headers of the safetensors files: 8 bytes of length, then JSON."""
+def _tensors(folder: Path) -> tuple[dict[str, tuple[int, ...]], int]:
+    """Shapes, and bytes of packed ones, from the headers of the safetensors files: 8 bytes of length, then JSON."""
     tensors: dict[str, tuple[int, ...]] = {}
+    packed = 0
     for file in sorted(folder.glob("*.safetensors")):
         try:
             with file.open("rb") as weights:
                 (length,) = struct.unpack("<Q", weights.read(8))
                 header = json.loads(weights.read(min(length, _MAX_HEADER_BYTES)))
-            tensors |= {name: tuple(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__"}
+            for name, tensor in header.items():
+                if name == "__metadata__":
+                    continue
+                shape = tuple(tensor["shape"])
+                if tensor.get("dtype") in _BYTES:
+                    packed += math.prod(shape)
+                else:
+                    tensors[name] = shape
         except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
             raise InvalidRequest(
                 f"{file} is not a safetensors file ({error}): was the model downloaded completely (git lfs pull)?",
                 param="model",
             ) from error
-    return tensors
+    return tensors, packed
 
 
 def _configuration(file: Path) -> dict[str, Any]:

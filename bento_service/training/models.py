@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bento_service.errors import InvalidRequest, UnknownModel
+from bento_service.training.quantization import Quantization, prepare
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from bento_service.training.quantization import Quantization
 
 # The names the hub allows: <org>/<name> or a bare <name>, letters, digits, "-", "_" and ".".
 _SEGMENT = r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_-])?"
@@ -95,7 +94,7 @@ def load_model(
     *,
     scores: bool = False,
     trust_remote_code: bool = False,
-    quantization: "Quantization | None" = None,
+    quantization: Quantization | None = None,
 ) -> "PreTrainedModel":
     """The base model in float32, the precision in which TRL keeps trained weights, from safetensors files only.
 
@@ -120,7 +119,10 @@ def load_model(
         )
     except (OSError, ValueError) as error:
         raise _unloadable(name, folder, "weights", error) from error
-    return model if quantization is None else quantization.prepare(model)
+    # Also one that is stored quantized, whatever was asked for.
+    if getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False):
+        return prepare(model)
+    return model
 
 
 def require_head(name: str, architectures: Sequence[str], *, labels: int, scores: bool) -> None:

@@ -67,17 +67,18 @@ class Quantization:
         place = int(os.environ.get("LOCAL_RANK", "0")) if self.device.kind == "cuda" else "cpu"
         return {"quantization_config": config, "device_map": {"": place}}
 
-    def prepare(self, model: "PreTrainedModel") -> "PreTrainedModel":
-        """The loaded model, ready for an adapter."""
-        from bitsandbytes.nn import Linear4bit
-        from peft import prepare_model_for_kbit_training
 
-        # It warns in every product of 8 bits that its inputs are cast.
-        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
-        for module in model.modules():
-            if isinstance(module, Linear4bit):
-                # On CPUs with AVX512-BF16 a pass in evaluation mode would bring the weights into an order for
-                # inference, through which there is no gradient, and which rounds the scales.
-                module.support_avx512bf16_for_cpu = False
-        # Checkpointing is switched on by the Trainer.
-        return prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+def prepare(model: "PreTrainedModel") -> "PreTrainedModel":
+    """A quantized model, ready for an adapter."""
+    from bitsandbytes.nn import Linear4bit
+    from peft import prepare_model_for_kbit_training
+
+    # It warns in every product of 8 bits that its inputs are cast.
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            # On CPUs with AVX512-BF16 a pass in evaluation mode would bring the weights into an order for
+            # inference, through which there is no gradient, and which rounds the scales.
+            module.support_avx512bf16_for_cpu = False
+    # Checkpointing is switched on by the Trainer.
+    return prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from bento_service.training.devices import Device
+from bento_service.training.model_shape import ModelShape
 from bento_service.training.models import load_model
 from bento_service.training.quantization import Quantization
 from bento_service.training.reference import ReferenceCache
@@ -61,11 +62,19 @@ def test_eight_bits_are_not_packed(folders: dict[str, Path], tmp_path: Path) -> 
     assert gradients
 
 
-def test_an_evaluation_leaves_the_weights_trainable(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    """On CPUs with AVX512-BF16 bitsandbytes would rearrange them for inference."""
+@pytest.mark.parametrize("stored", [False, True])
+def test_an_evaluation_leaves_the_weights_trainable(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stored: bool
+) -> None:
+    """On CPUs with AVX512-BF16 bitsandbytes would rearrange them for inference. Also of models stored in 4 bits."""
     monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True)
     here = Device(kind="cpu", has_bf16=True)
     model = load_model("tiny", folders["llama"], quantization=Quantization(name="nf4", precision="fp32", device=here))
+    if stored:
+        model.save_pretrained(tmp_path)
+        shape = ModelShape.of(tmp_path)
+        assert shape.packed > 0 and "model.layers.0.mlp.up_proj.weight" not in shape.tensors
+        model = load_model("tiny", tmp_path)
     layer = model.model.layers[0].mlp.up_proj
     before = layer.weight.clone()
     with torch.no_grad():

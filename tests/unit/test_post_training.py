@@ -169,6 +169,15 @@ def test_a_reward_model_is_trained_as_one_only(impl, file_id):
         impl.submit(request(file_id, method="reward"))
 
 
+def test_weights_that_are_stored_quantized_are_not_all_trained(impl, file_id):
+    packed = {"layers.0.up_proj.weight": numpy.zeros((8, 1), numpy.uint8)}
+    save_file(packed, impl.settings.models_path / MODEL / "model.safetensors")
+    with pytest.raises(InvalidRequest, match="stored quantized") as caught:
+        impl.submit(request(file_id, options={"tuning": "full"}))
+    assert caught.value.param == "trl.tuning"
+    assert impl.submit(request(file_id)).spec.options.tuning == "lora"
+
+
 def test_quantization_needs_bitsandbytes(impl, file_id, monkeypatch):
     monkeypatch.setattr("bento_service.training.quantization.importlib.util.find_spec", lambda name: None)
     with pytest.raises(ResourcesExceeded, match=r"install trl-remote\[qlora\]") as caught:
