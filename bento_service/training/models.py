@@ -3,6 +3,7 @@
 Finding imports nothing heavy (the API process does it); loading imports transformers.
 """
 
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,7 +24,7 @@ def find_model(name: str, models_path: Path) -> Path | None:
     """The local folder of a base model, or None when there is none and only the hub can have it.
 
     Raises UnknownModel for a name that is no model name (a path, for one), for a folder that leads out of
-    ``models_path``, and for one that holds no model.
+    ``models_path``, and for one that holds no model or files that this process may not read.
     """
     if not _NAME.fullmatch(name) or ".." in name or "--" in name:
         raise UnknownModel(
@@ -39,12 +40,29 @@ def find_model(name: str, models_path: Path) -> Path | None:
             f"model {name} is a link that leads out of the models directory: put the model itself there",
             param="model",
         )
+    _require_readable(name, resolved)
     if not (resolved / "config.json").is_file():
         raise UnknownModel(
             f"model {name} has a folder in the models directory, but without config.json: it is not a whole model",
             param="model",
         )
     return resolved
+
+
+def _require_readable(name: str, folder: Path) -> None:
+    """In a container the service's user is seldom the one who put the model there; weights are often saved 0600."""
+    if not os.access(folder, os.R_OK | os.X_OK):
+        unreadable = ["its folder"]
+    else:
+        unreadable = [
+            file.name for file in sorted(folder.iterdir()) if file.is_file() and not os.access(file, os.R_OK)
+        ]
+    if unreadable:
+        raise UnknownModel(
+            f"model {name} is in the models directory, but the service's user (uid {os.geteuid()}) may not read "
+            f"{', '.join(unreadable)}: chmod -R a+rX the folder, or chown it",
+            param="model",
+        )
 
 
 def local_models(models_path: Path) -> list[str]:

@@ -11,6 +11,7 @@ import os
 import shlex
 import signal
 import subprocess
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,8 @@ class Container:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
+        while not self.processes() and self._outer.poll() is None:
+            time.sleep(0.01)
 
     def _entered(self, command: list[str]) -> list[str]:
         """The command, in the image's root as its user."""

@@ -1,5 +1,6 @@
 """Finding base models by name."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -72,3 +73,18 @@ def test_local_models_are_listed_by_name(tmp_path: Path) -> None:
     (tmp_path / "org" / "half").mkdir()
     assert local_models(tmp_path) == ["org/a", "org/b", "single"]
     assert local_models(tmp_path / "missing") == []
+
+
+def test_a_model_that_this_process_may_not_read_is_named_with_its_files(tmp_path, monkeypatch):
+    folder = tmp_path / "org" / "model"
+    folder.mkdir(parents=True)
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        (folder / name).write_text("{}")
+    # As root, who runs these tests in containers, every file can be read.
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "model.safetensors")
+    with pytest.raises(UnknownModel, match=r"may not read model\.safetensors: chmod"):
+        find_model("org/model", tmp_path)
+    assert local_models(tmp_path) == []
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(UnknownModel, match="may not read its folder: chmod"):
+        find_model("org/model", tmp_path)
