@@ -247,3 +247,13 @@ def test_a_job_outlives_a_stop_and_a_kill_of_the_container(container, client, ho
     # After the stop it went on where it was; after the kill, from the last checkpoint, and never from the start.
     assert steps.count(1) == 1
     assert len(steps) - STEPS <= STEPS_BETWEEN_CHECKPOINTS
+
+
+def test_it_ends_when_its_worker_dies(container, client):
+    """BentoML starts no other one in a container; a restart policy does."""
+    (worker,) = [process for process in container.processes() if "_bentoml_impl.worker.service" in process.cmdline()]
+    worker.kill()
+    deadline = time.monotonic() + DEADLINE
+    while container.processes():
+        assert time.monotonic() < deadline, container.log()
+        time.sleep(0.1)
