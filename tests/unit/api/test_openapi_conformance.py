@@ -62,33 +62,43 @@ def previews_at_once():
         yield
 
 
+def trained(impl, file_id):
+    """A job that has succeeded, with all that it leaves."""
+    job = impl.submit(request(file_id, metadata={"k": "v"}))
+    store = Store.open(impl.settings.sqlalchemy_url)
+    claimed = store.claim("test", host="here", free_devices=1, lease_seconds=60)
+    assert claimed.id == job.id
+    lease = store.adopt(job.id, "test", lease_seconds=60, from_token=claimed.lease_token)
+    run = RunDirectory(impl.settings.runs_path / job.id)
+    folder = run.checkpoints / "checkpoint-2"
+    folder.mkdir(parents=True)
+    (folder / "adapter_model.safetensors").write_bytes(b"weights")
+    checkpoints.complete(folder, step=2, epoch=1.0, tokens=64, final=True)
+    run.manifest_file.write_text(MANIFEST.model_dump_json())
+    saved = {"step": 2, "epoch": 1.0, "path": str(folder), "bytes": 7, "final": True}
+    reached = {"step": 2, "total_steps": 2, "epoch": 1.0, "tokens": 64, "loss": 0.5}
+    reports = [("metrics", reached), ("checkpoint", saved)]
+    events = [
+        TrainerEvent(seq=number, time=1700000000.5, type=type, message="", data=data)
+        for number, (type, data) in enumerate(reports, start=1)
+    ]
+    store.record(lease, events, offset=1)
+    store.finish(lease, JobStatus.SUCCEEDED, "Training finished")
+    store.close()
+    return job
+
+
 @pytest.fixture(scope="module")
 def seeded(tmp_path_factory):
-    """The core object with a job that has succeeded, and the path parameters that lead to all that is of it."""
+    """The core object with a job that has succeeded, and the path parameters that lead to all that is of it.
+
+    And a trained model to delete, made before jobs are submitted that nothing trains.
+    """
     with core(tmp_path_factory.mktemp("service"), allow_anonymous=True, max_file_bytes=100_000) as impl:
         file = upload(impl)
-        job = impl.submit(request(file.id, metadata={"k": "v"}))
-        store = Store.open(impl.settings.sqlalchemy_url)
-        claimed = store.claim("test", host="here", free_devices=1, lease_seconds=60)
-        lease = store.adopt(job.id, "test", lease_seconds=60, from_token=claimed.lease_token)
-        run = RunDirectory(impl.settings.runs_path / job.id)
-        folder = run.checkpoints / "checkpoint-2"
-        folder.mkdir(parents=True)
-        (folder / "adapter_model.safetensors").write_bytes(b"weights")
-        checkpoints.complete(folder, step=2, epoch=1.0, tokens=64, final=True)
-        run.manifest_file.write_text(MANIFEST.model_dump_json())
-        saved = {"step": 2, "epoch": 1.0, "path": str(folder), "bytes": 7, "final": True}
-        reached = {"step": 2, "total_steps": 2, "epoch": 1.0, "tokens": 64, "loss": 0.5}
-        reports = [("metrics", reached), ("checkpoint", saved)]
-        events = [
-            TrainerEvent(seq=number, time=1700000000.5, type=type, message="", data=data)
-            for number, (type, data) in enumerate(reports, start=1)
-        ]
-        store.record(lease, events, offset=1)
-        store.finish(lease, JobStatus.SUCCEEDED, "Training finished")
-        store.close()
+        job, other = trained(impl, file.id), trained(impl, file.id)
         known = {"job_id": job.id, "file_id": file.id, "step": 2, "model": MODEL, "name": "adapter_model.safetensors"}
-        yield impl, known
+        yield impl, known | {"trained_model": other.fine_tuned_model}
 
 
 @pytest.fixture(scope="module")
@@ -106,12 +116,12 @@ def operations():
                 yield pytest.param(method, path, GenerationMode.NEGATIVE, id=f"{method}-{path}-invalid")
 
 
-def usable(impl, method, path, file_id):
-    """Path parameters of a job or file in the state that the operation needs."""
+def usable(impl, method, path, known):
+    """Path parameters of a job, file or model in the state that the operation needs."""
     if method == "delete":
-        return {"file_id": upload(impl).id}
+        return {"file_id": upload(impl).id, "model": known["trained_model"]}
     if path.endswith(("/cancel", "/pause", "/resume")):
-        job_id = impl.submit(request(file_id)).id
+        job_id = impl.submit(request(known["file_id"])).id
         if path.endswith("/resume"):
             impl.pause(job_id)
         return {"job_id": job_id}
@@ -122,7 +132,7 @@ def usable(impl, method, path, file_id):
 def test_operations_keep_to_the_document(seeded, document, method, path, mode):
     impl, known = seeded
     operation = document[path][method]
-    values = known | usable(impl, method, path, known["file_id"])
+    values = known | usable(impl, method, path, known)
     fixed = {parameter.name: values[parameter.name] for parameter in operation.path_parameters}
     if mode is GenerationMode.NEGATIVE and not [*operation.query, *operation.body]:
         fixed = {}  # by its path then, which leads nowhere
