@@ -11,7 +11,13 @@ from pathlib import Path
 from typing import Literal
 
 from bento_service.base_models import BaseModels
-from bento_service.distribution import batch_size, distribution, memory_of_each, require_shareable
+from bento_service.distribution import (
+    batch_size,
+    distribution,
+    memory_of_each,
+    require_divisible,
+    require_shareable,
+)
 from bento_service.errors import InvalidRequest, NotFound, ResourcesExceeded
 from bento_service.jobs.devices import Devices
 from bento_service.jobs.disk import disk_need, gigabytes
@@ -108,6 +114,7 @@ class Admission:
             if (shape := attempt(lambda: ModelShape.of(folder))) is None:
                 return Verdict(whole, tuple(refusals))
         spec = whole.model_copy(update={"distribution": distribution(whole, shape, self._devices)})
+        attempt(lambda: require_divisible(spec, shape))
         if shape is not None:
             attempt(lambda: self._require_trainable(spec, shape))
         attempt(lambda: self._require_disk(spec))

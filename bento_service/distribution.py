@@ -61,18 +61,30 @@ def _require_available(request: JobRequest, devices: Devices) -> None:
                 "A quantized base model is held whole by each device: use trl.distribution ddp.",
                 param="trl.distribution",
             )
-        own = {"dpo": options.dpo.precompute_ref_log_probs, "kto": options.kto.precompute_ref_log_probs}
-        if own.get(request.method):
-            raise InvalidRequest(
-                f"With trl.distribution {options.distribution} the reference's scores cannot be computed before "
-                "training: leave it out.",
-                param=f"trl.{request.method}.precompute_ref_log_probs",
-            )
     if options.distribution == "deepspeed" and find_spec("deepspeed") is None:
         raise ResourcesExceeded(
             "trl.distribution deepspeed needs DeepSpeed, which the service does not find: install the package "
             "deepspeed beside it, or use fsdp.",
             param="trl.distribution",
+        )
+
+
+def require_divisible(spec: TrainingSpec, shape: ModelShape | None) -> None:
+    """Raises InvalidRequest for what cannot be done with a model of which each device has a part."""
+    if spec.distribution not in ("fsdp", "deepspeed"):
+        return
+    if shape is not None and shape.packed:
+        raise InvalidRequest(
+            f"model {spec.model} is stored quantized, and each device holds it whole: use trl.distribution ddp.",
+            param="trl.distribution",
+        )
+    options = spec.options
+    own = {"dpo": options.dpo.precompute_ref_log_probs, "kto": options.kto.precompute_ref_log_probs}
+    if own.get(spec.method):
+        raise InvalidRequest(
+            f"The devices share this model by {spec.distribution}, so the reference's scores cannot be computed "
+            "before training: leave it out, or use trl.distribution ddp where a device has the memory.",
+            param=f"trl.{spec.method}.precompute_ref_log_probs",
         )
 
 
@@ -92,7 +104,8 @@ def distribution(spec: TrainingSpec, shape: ModelShape | None, devices: Devices)
         return spec.options.distribution
     whole = spec.model_copy(update={"distribution": "ddp"})
     memory = memory_of_each(whole, devices)
-    if shape is None or memory is None or devices.kind != "cuda" or spec.options.lora.quantization is not None:
+    quantized = spec.options.lora.quantization is not None or (shape is not None and shape.packed > 0)
+    if shape is None or memory is None or devices.kind != "cuda" or quantized:
         return "ddp"
     needed = estimate(whole, shape, precision(spec, devices), devices.kind, None).total
     return "ddp" if needed <= _WHOLE_MODEL_FILL * memory else "fsdp"

@@ -1,8 +1,10 @@
 """Jobs on several devices: what is refused, and by which way the devices share the training."""
 
+from dataclasses import replace
+
 import pytest
 
-from bento_service.distribution import batch_size, distribution, require_shareable
+from bento_service.distribution import batch_size, distribution, require_divisible, require_shareable
 from bento_service.errors import InvalidRequest
 from bento_service.jobs.devices import Devices
 from bento_service.training.model_shape import ModelShape
@@ -33,13 +35,6 @@ OVERHEAD = 1_000_000_000
             GPUS,
             "trl.distribution",
             "use trl.distribution ddp",
-        ),
-        (
-            {"devices": 2, "distribution": "fsdp", "dpo": {"precompute_ref_log_probs": True}},
-            {},
-            GPUS,
-            "trl.dpo.precompute_ref_log_probs",
-            "leave it out",
         ),
     ],
 )
@@ -86,8 +81,30 @@ def test_devices_share_a_model_that_does_not_fit_one_of_them(options, memory, ch
     assert distribution(spec, SHAPE, GPUS) == chosen
 
 
+def test_a_model_that_is_stored_quantized_is_whole_on_each_device(monkeypatch):
+    monkeypatch.setattr("bento_service.distribution.device_memory", lambda devices: 1)
+    stored, spec = replace(SHAPE, packed=1000), make_job(options={"devices": 2}).spec
+    assert (distribution(spec, SHAPE, GPUS), distribution(spec, stored, GPUS)) == ("fsdp", "ddp")
+    with pytest.raises(InvalidRequest, match="stored quantized"):
+        require_divisible(spec.model_copy(update={"distribution": "fsdp"}), stored)
+
+
 def test_on_a_cpu_and_for_a_model_of_unknown_size_each_has_the_whole(monkeypatch):
     monkeypatch.setattr("bento_service.distribution.device_memory", lambda devices: 1)
     spec = make_job(options={"devices": 2}).spec
     assert distribution(spec, SHAPE, SLOTS) == "ddp"
     assert distribution(spec, None, GPUS) == "ddp"
+
+
+@pytest.mark.parametrize(
+    ("method", "chosen", "refused"), [("dpo", "fsdp", True), ("kto", "fsdp", True), ("kto", "ddp", False)]
+)
+def test_a_model_in_parts_is_no_reference_before_training(method, chosen, refused):
+    spec = make_job(options={"devices": 2, method: {"precompute_ref_log_probs": True}}).spec
+    spec = spec.model_copy(update={"method": method, "distribution": chosen})
+    if not refused:
+        require_divisible(spec, SHAPE)
+        return
+    with pytest.raises(InvalidRequest, match="leave it out") as caught:
+        require_divisible(spec, SHAPE)
+    assert caught.value.param == f"trl.{method}.precompute_ref_log_probs"
