@@ -96,6 +96,7 @@ def test_a_meter_reads_what_was_added_since(tmp_path: Path, monkeypatch: pytest.
         model=model,
         args=SimpleNamespace(bf16=True, fp16=False),
         further_passes=lambda: 0,
+        accelerator=SimpleNamespace(num_processes=2),
     )
     spec = make_run(tmp_path / "run", None, tmp_path / "rows.jsonl", method="supervised", tuning="full").read_spec()
     meter = Meter(trainer, spec)
@@ -114,7 +115,7 @@ def test_a_meter_reads_what_was_added_since(tmp_path: Path, monkeypatch: pytest.
         "tokens_per_second": 30.0,
         "rows_per_second": 2.0,
         "model_flops_utilization": pytest.approx(
-            60 * 6 * sum(parameter.numel() for parameter in model.parameters()) / 2e9
+            60 * 6 * sum(parameter.numel() for parameter in model.parameters()) / (2 * 2e9)  # two devices, two seconds
         ),
     }
     assert set(meter.read()) == {"memory_peak_bytes"}
