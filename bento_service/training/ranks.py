@@ -25,8 +25,9 @@ from bento_service.training.stop import StopSwitch
 # Of an error that a rank met because another one was gone.
 LOST_CODE = "rank_lost"
 
-# Once a rank has stopped on request, the others have this long: one that waits for it in vain hears no signal.
-_STOP_TOGETHER_SECONDS = 15.0
+# Once a rank has stopped on request, the others have this long. While they train they end together, when nothing is
+# left to do; before, one that waits for another in vain hears no signal.
+_STOP_TOGETHER_SECONDS = 5.0
 
 # What torchrun gives the other ranks when one has failed; its own default.
 _SHUTDOWN_SECONDS = 30
@@ -86,6 +87,7 @@ def train(run: RunDirectory, count: int, attempt: int, stop: StopSwitch) -> Outc
         }
     finally:
         logs.finish()
+    exits = {rank: code for rank, code in exits.items() if code != -signal.SIGKILL or not messenger.has_killed}
     outcomes = read_outcomes(run.rank_outcomes)
     shutil.rmtree(run.rank_outcomes, ignore_errors=True)
     return conclude(attempt, count, exits, outcomes, stop_requested=stop.requested)
@@ -149,6 +151,7 @@ class _StopMessenger(threading.Thread):
         self._stop_switch = stop
         self._outcomes = outcomes
         self._count = count
+        self.has_killed = False
 
     def run(self) -> None:
         told: set[int] = set()
@@ -166,6 +169,7 @@ class _StopMessenger(threading.Thread):
             if overdue is None and 0 < ended < self._count:
                 overdue = time.monotonic() + _STOP_TOGETHER_SECONDS
             if overdue is not None and time.monotonic() > overdue:
+                self.has_killed = True
                 for rank in ranks:
                     _signal(rank, signal.SIGKILL)
 
