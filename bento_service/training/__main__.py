@@ -22,7 +22,7 @@ from typing import Literal
 
 from bento_service.errors import TrlRemoteError
 from bento_service.training import checkpoints, manifest, rank, ranks, refused_rows, spare
-from bento_service.training.devices import limit_threads
+from bento_service.training.devices import find_device, limit_threads
 from bento_service.training.events import EventWriter, MutedWriter
 from bento_service.training.lease import LeaseWatch
 from bento_service.training.recipes import RECIPES
@@ -98,9 +98,10 @@ def _be_rank(run: RunDirectory, attempt: int) -> int:
     stop.install()
     LeaseWatch(run.lease_file).start()
     try:
-        status = _run_recipe(
-            run, run.read_spec(), EventWriter(run.events_file) if this.is_first else MutedWriter(), stop
-        )
+        spec = run.read_spec()
+        backend = "cuda:nccl,cpu:gloo" if find_device(spec.device).kind == "cuda" else "gloo"
+        rank.join(run.rank_outcomes, backend)
+        status = _run_recipe(run, spec, EventWriter(run.events_file) if this.is_first else MutedWriter(), stop)
         if status == "succeeded" and this.is_first:
             manifest.conclude(run)
         outcome = Outcome(attempt=attempt, status=status)

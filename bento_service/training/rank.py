@@ -13,6 +13,7 @@ import time
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from bento_service.training.stop import StopSwitch
@@ -60,6 +61,23 @@ def _await_end(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(0.5)
     os._exit(1)
+
+
+def join(folder: Path, backend: str) -> None:
+    """Make the process group of all ranks, which meet in a file in ``folder``, new for each attempt.
+
+    Left to accelerate, the first rank would listen for the others on every interface, for anybody.
+    """
+    from torch import distributed
+
+    this = Rank.of_this_process()
+    distributed.init_process_group(
+        backend,
+        store=distributed.FileStore(str(folder / "ranks.store"), this.count),
+        rank=this.number,
+        world_size=this.count,
+        timeout=timedelta(seconds=TIMEOUT_SECONDS),
+    )
 
 
 def totals(value: int) -> int:

@@ -54,6 +54,9 @@ def train(run: RunDirectory, count: int, attempt: int, stop: StopSwitch) -> Outc
     if sys.platform == "linux":
         # All ranks are on this host: they need no other network, and nobody else is to reach them.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
+    # Nor through torchrun's TCP store, which listens on every interface and whose values the agent unpickles.
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     shutil.rmtree(run.rank_outcomes, ignore_errors=True)
     run.rank_outcomes.mkdir()
     stop.defer()
@@ -66,7 +69,8 @@ def train(run: RunDirectory, count: int, attempt: int, stop: StopSwitch) -> Outc
         nproc_per_node=count,
         run_id=f"{run.path.name}-{attempt}",
         rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",  # a free port
+        rdzv_endpoint=str(run.rank_outcomes / "agent.store"),
+        rdzv_configs={"store_type": "file"},
         local_addr="localhost",
         max_restarts=0,  # an attempt is the supervisor's to repeat
         logs_specs=logs,

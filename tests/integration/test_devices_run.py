@@ -161,6 +161,14 @@ def test_a_job_survives_the_death_of_any_of_its_processes_and_equals_one_device(
 
     host.drive_to_step(job, 4)
     first, second = host.ranks(job)
+    agent = psutil.Process(host.supervisor.runs[job.id].trainer.pid)
+    listening = {
+        connection.laddr.ip
+        for process in (agent, first, second)
+        for connection in process.net_connections("inet")
+        if connection.status == psutil.CONN_LISTEN
+    }
+    assert listening <= {"127.0.0.1", "::1"}
     second.kill()
     host.drive(lambda: host.store.get_job(job.id).attempt == 3)
     assert not first.is_running()
