@@ -61,6 +61,7 @@ check: setup
 
 bench: model
 	$(BIN)/python benchmarks/engine.py
+	$(BIN)/python benchmarks/ready.py
 	$(BIN)/python benchmarks/start.py
 	$(BIN)/python benchmarks/dpo_speed.py "$(TRL_MODELS_DIR)/HuggingFaceTB/SmolLM2-135M-Instruct" --pairs 8
 
