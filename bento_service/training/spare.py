@@ -10,6 +10,7 @@ import contextlib
 import gc
 import importlib
 import os
+import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterable
@@ -47,8 +48,12 @@ def await_orders(prepare: Callable[[], None]) -> Orders:
 
 def import_all(modules: Iterable[str]) -> None:
     """Import these modules and make ready what they would make ready for the first job."""
+    # The import system's sign for "not there": peft would import it, and it asks for GPUs when it is imported.
+    sys.modules["bitsandbytes"] = None  # type: ignore[assignment]
     for module in modules:
         importlib.import_module(module)
+    del sys.modules["bitsandbytes"]
+    _forget_bitsandbytes_is_missing()
     _compile_conversions()
     gc.collect()  # of what imports left, while nobody waits
 
@@ -124,3 +129,12 @@ def _compile_conversions() -> None:
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
     get_checkpoint_conversion_mapping("llama")
+
+
+def _forget_bitsandbytes_is_missing() -> None:
+    """A job that needs it imports it then."""
+    from peft.import_utils import is_bnb_4bit_available, is_bnb_available
+    from transformers.utils import is_bitsandbytes_available
+
+    for answer in (is_bnb_available, is_bnb_4bit_available, is_bitsandbytes_available):
+        answer.cache_clear()
