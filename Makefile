@@ -8,7 +8,7 @@ export UV_PYTHON := $(BIN)/python
 # The embedded model, as an ordinary Hugging Face folder; TRL_MODELS_DIR may point elsewhere.
 export TRL_MODELS_DIR ?= $(CURDIR)/.models
 
-.PHONY: setup demo test test-compat test-container bento serve stack check bench model lock lock-compat docs clean
+.PHONY: setup demo test test-compat test-container test-deepspeed bento serve stack check bench model lock lock-compat docs clean
 
 setup: $(VENV)/.ready
 
@@ -39,6 +39,11 @@ test-compat: setup
 # The image, built and run; needs root, and 25 GB of disk while it runs.
 test-container: setup
 	$(BIN)/python -m pytest tests/container --timeout 1500
+
+# DeepSpeed on two CPU processes, installed in a folder of its own; needs a C++ compiler.
+test-deepspeed: setup requirements/deepspeed.txt
+	@$(UV) pip install --quiet --require-hashes --no-deps --target .deepspeed -r requirements/deepspeed.txt
+	$(BIN)/python -m pytest tests/deepspeed
 
 # The Bento, checked, in BentoML's own store (BENTOML_HOME, by default ~/bentoml).
 bento: setup
@@ -79,4 +84,4 @@ lock-compat: setup
 	for release in tests/compat/pins/*.in; do $(UV) pip compile --quiet --upgrade --python-version 3.12 --no-annotate --no-emit-index-url --custom-compile-command "make lock-compat" $$release -o $${release%.in}.txt; done
 
 clean:
-	rm -rf $(VENV) .models .demo
+	rm -rf $(VENV) .models .demo .deepspeed

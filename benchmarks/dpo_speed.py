@@ -26,6 +26,7 @@ import os
 import random
 import resource
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -43,6 +44,10 @@ CASES = ("full-fp32", "lora-fp32", "full-bf16", "lora-bf16")
 TRAINERS = ("packed", "trl", "stack")
 # Words of prompt and reply in HH-RLHF harmless (1,500 pairs): the mean of their logarithms, and its deviation.
 PROMPT_WORDS, REPLY_WORDS = (3.9, 0.9), (3.2, 0.9)
+
+
+class Killed(Exception):
+    """A run's process was ended by SIGKILL."""
 
 
 def main() -> None:
@@ -100,12 +105,17 @@ def load_pairs(data: Path | None, count: int) -> list[dict[str, Any]]:
 def compare(case: str, pairs: Path, options: argparse.Namespace) -> None:
     results: dict[str, list[dict[str, Any]]] = {name: [] for name in options.trainers}
     for number in range(1, options.rounds + 1):
-        for name in options.trainers:
+        for name in list(results):
             print(f"{case}, round {number} of {options.rounds}: {name} ...", end=" ", flush=True)
-            results[name].append(measure(name, case, pairs, options))
-            print(f"{results[name][-1]['wall']:.1f} s", flush=True)
+            try:
+                results[name].append(measure(name, case, pairs, options))
+            except Killed:
+                del results[name]
+                print("killed, as the system does when memory runs out: left out", flush=True)
+            else:
+                print(f"{results[name][-1]['wall']:.1f} s", flush=True)
     report(case, results)
-    if "packed" in options.trainers:
+    if "packed" in results:
         limit = measure("packed", case, pairs, options, passes=3)
         needed, reached = limit["flops"], limit["flops"] / limit["later_pass"]
         print(
@@ -117,7 +127,7 @@ def compare(case: str, pairs: Path, options: argparse.Namespace) -> None:
 
 
 def measure(name: str, case: str, pairs: Path, options: argparse.Namespace, passes: int = 1) -> dict[str, Any]:
-    """``run`` in a process of its own."""
+    """``run`` in a process of its own. Raises Killed."""
     job = {
         "trainer": name, "case": case, "model": str(options.model), "pairs": str(pairs), "passes": passes,
         "batch_size": options.batch_size, "max_length": options.max_length, "threads": options.threads,
@@ -128,6 +138,8 @@ def measure(name: str, case: str, pairs: Path, options: argparse.Namespace, pass
         trainer = trainer_environment((), "cpu")
         environment |= {key: value for key, value in trainer.items() if key.startswith("MALLOC_")}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode == -signal.SIGKILL:
+        raise Killed
     if done.returncode:
         raise SystemExit(f"{name} failed:\n{done.stderr}")
     return json.loads(done.stdout.splitlines()[-1])

@@ -34,6 +34,8 @@ from rich.table import Table
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
+from dpo_speed import load_pairs  # noqa: E402
+
 from bento_service.training.events import read_events  # noqa: E402
 from bento_service.training.run_directory import RunDirectory  # noqa: E402
 from tests.bento_server import BentoServer, bento_server  # noqa: E402
@@ -121,13 +123,15 @@ def wait_for_spare(server: BentoServer) -> psutil.Process:
     raise TimeoutError(f"no spare trainer in {DEADLINE} s:\n{server.log()}")
 
 
-def measure(model: Path, rows: int, batch_size: int, rounds: int) -> tuple[dict[str, list[Times]], dict[str, float]]:
+def measure(
+    model: Path, source: Path, rows: int, batch_size: int, rounds: int
+) -> tuple[dict[str, list[Times]], dict[str, float]]:
     """Times of each way, and the memory of an idle spare in MB."""
     times: dict[str, list[Times]] = {way: [] for way in ("script", "recipe", "cold job", "warm job")}
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         data = folder / "pairs.jsonl"
-        data.write_text("".join(DATA.read_text().splitlines(keepends=True)[:rows]))
+        data.write_text("".join(json.dumps(pair) + "\n" for pair in load_pairs(source, rows)))
         name = "bench/model"
         copy = folder / "models" / name  # a link out of the models folder is refused
         shutil.copytree(model, copy)
@@ -176,7 +180,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", type=Path, nargs="*", help="model folders; a tiny random model without any")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--rows", type=int, default=16, help="preference pairs of examples/preferences.jsonl")
+    parser.add_argument("--data", type=Path, default=DATA, help="preference pairs, JSON Lines, also gzipped")
+    parser.add_argument("--rows", type=int, default=16, help="how many of them")
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--json", type=Path, help="write every time here")
     options = parser.parse_args()
@@ -187,7 +192,9 @@ def main() -> None:
             subprocess.run([sys.executable, "-c", tiny], cwd=REPOSITORY, capture_output=True, check=True)
             models = [Path(scratch) / "tiny"]
         results = [
-            report(model.name, *measure(model.absolute(), options.rows, options.batch_size, options.rounds))
+            report(
+                model.name, *measure(model.absolute(), options.data, options.rows, options.batch_size, options.rounds)
+            )
             for model in models
         ]
     if options.json:

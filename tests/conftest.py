@@ -26,8 +26,9 @@ for name in [name for name in os.environ if name.startswith("TRL_")]:
 # Of the tests and of the trainers that they start: threads on tiny tensors cost more than they save.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# tests/compat makes an environment for each release of Llama Stack, tests/container an image: only by name.
-BY_NAME = ("compat", "container")
+# tests/compat makes an environment for each release of Llama Stack, tests/container an image, and
+# tests/deepspeed needs DeepSpeed: only by name.
+BY_NAME = ("compat", "container", "deepspeed")
 
 
 def pytest_ignore_collect(collection_path, config):

@@ -34,6 +34,7 @@ from bento_service.training.events import read_events
 from bento_service.training.run_directory import RunDirectory
 from bento_service.training.spare import Orders
 from bento_service.training.spec import TrainingSpec
+from bento_service.training.threads import available_cpus
 
 log = structlog.get_logger("supervisor")
 
@@ -398,4 +399,4 @@ class Supervisor:
         """CPU threads of one trainer, where several share the cores."""
         if self.devices.kind != "cpu" or self.devices.count == 1:
             return None
-        return max(1, (os.cpu_count() or 1) // self.devices.count)
+        return max(1, available_cpus() // self.devices.count)

@@ -22,13 +22,14 @@ from typing import Literal
 
 from bento_service.errors import TrlRemoteError
 from bento_service.training import checkpoints, manifest, rank, ranks, refused_rows, spare
-from bento_service.training.devices import find_device, limit_threads
+from bento_service.training.devices import find_device
 from bento_service.training.events import EventWriter, MutedWriter
 from bento_service.training.lease import LeaseWatch
 from bento_service.training.recipes import RECIPES
 from bento_service.training.run_directory import Outcome, RunDirectory
 from bento_service.training.spec import TrainingSpec
 from bento_service.training.stop import StopRequested, StopSwitch
+from bento_service.training.threads import limit_threads
 
 # What PyTorch's CPU allocator says when malloc fails; on GPUs there is an exception class for it.
 CPU_OUT_OF_MEMORY = "DefaultCPUAllocator: can't allocate memory"
@@ -145,7 +146,8 @@ def _run_recipe(
     run: RunDirectory, spec: TrainingSpec, events: EventWriter, stop: StopSwitch
 ) -> Literal["succeeded", "stopped"]:
     recipe = importlib.import_module(RECIPES[spec.method])
-    limit_threads()
+    threads = limit_threads(computes=find_device(spec.device).kind == "cpu")
+    events.write("message", f"computing with {threads} CPU {'thread' if threads == 1 else 'threads'}")
     # A million objects that stay to the end. Else the garbage collector walks them again and again, 0.3 s for each
     # full collection; accelerate asks for one before the first step.
     gc.freeze()

@@ -15,18 +15,6 @@ class Device:
     has_bf16: bool  # computes in bfloat16 natively (a GPU), or at all (a CPU)
 
 
-def limit_threads() -> None:
-    """Let PyTorch use as many CPU threads as OMP_NUM_THREADS says.
-
-    PyTorch reads the variable when it is loaded; a spare trainer has loaded it before it knows its job's environment.
-    """
-    import torch
-
-    threads = os.environ.get("OMP_NUM_THREADS", "")
-    if threads.isdecimal() and int(threads) > 0:
-        torch.set_num_threads(int(threads))
-
-
 def find_device(wanted: Literal["auto", "cuda", "cpu", "mps"]) -> Device:
     """The device asked for; auto takes CUDA, then MPS, then the CPU. Raises TrainingFailed when it is not there."""
     import torch

@@ -21,6 +21,7 @@ import psutil
 from bento_service.errors import UnreadableRun
 from bento_service.training.run_directory import Outcome, RunDirectory, write_durably
 from bento_service.training.stop import StopSwitch
+from bento_service.training.threads import available_cpus
 
 # Of an error that a rank met because another one was gone.
 LOST_CODE = "rank_lost"
@@ -50,7 +51,7 @@ def train(run: RunDirectory, count: int, attempt: int, stop: StopSwitch) -> Outc
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, available_cpus() // count)))
     if sys.platform == "linux":
         # All ranks are on this host: they need no other network, and nobody else is to reach them.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")

@@ -48,7 +48,9 @@ def await_orders(prepare: Callable[[], None]) -> Orders:
 
 def import_all(modules: Iterable[str]) -> None:
     """Import these modules and make ready what they would make ready for the first job."""
-    # The import system's sign for "not there": peft would import it, and it asks for GPUs when it is imported.
+    # Both ask for GPUs when they are imported, which others do if they find them. None is the import system's sign for
+    # "not there". A spare's job is on one device and never needs DeepSpeed.
+    sys.modules["deepspeed"] = None  # type: ignore[assignment]
     sys.modules["bitsandbytes"] = None  # type: ignore[assignment]
     for module in modules:
         importlib.import_module(module)

@@ -1,13 +1,11 @@
 """Jobs on several devices, as two CPU slots: they compute what one device does, and survive what one process does.
 
-FSDP2 runs on these slots too (``two_ranks``); that it does on GPUs no test shows.
+FSDP2 runs on these slots too (``tests/two_ranks.py``); that it does on GPUs no test shows.
 """
 
 import io
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,27 +20,14 @@ from bento_service.jobs.supervisor import Supervisor
 from bento_service.post_training import TrlPostTrainingImpl
 from bento_service.training.__main__ import main
 from bento_service.training.run_directory import RunDirectory
-from bento_service.training.spec import Distribution, MethodName
 from tests.core_factory import MODEL, core, json_lines, request
 from tests.tiny_model import make_tiny_model
-from tests.trainer_run import (
-    DEADLINE,
-    ENVIRONMENT,
-    REPOSITORY,
-    chat_rows,
-    events_of,
-    losses,
-    make_run,
-    preference_rows,
-    write_rows,
-)
+from tests.trainer_run import DEADLINE, ENVIRONMENT, losses, preference_rows
+from tests.two_devices import Case, assert_equal, train_and_compare
 
 # A last batch of one row: one rank has it, the other none.
 PAIRS, HELD_OUT, BATCH, EPOCHS = 37, 7, 6, 4
 STEPS = -(-PAIRS // BATCH) * EPOCHS
-
-# What depends on how a batch is cut, or on the clock.
-NOT_COMPARED = {"padding_fraction", "memory_peak_bytes", "tokens_per_second", "rows_per_second"}
 
 
 class Host:
@@ -109,19 +94,6 @@ class Host:
         agent = psutil.Process(self.supervisor.runs[job.id].trainer.pid)
         ranks = [process for process in agent.children() if "RANK" in process.environ()]  # not between fork and exec
         return sorted(ranks, key=lambda process: process.environ()["RANK"])
-
-
-def assert_equal(run: RunDirectory, expected: RunDirectory) -> None:
-    """Every metric and evaluation of two runs, of a step that two attempts made the later one's."""
-    for kind in ("metrics", "evaluation"):
-        ours, theirs = (
-            {event.data["step"]: event.data for event in events_of(each, kind)} for each in (run, expected)
-        )
-        assert ours.keys() == theirs.keys() != set()
-        for step, values in theirs.items():
-            for name, value in values.items():
-                if name not in NOT_COMPARED and "per_second" not in name and "runtime" not in name:
-                    assert ours[step][name] == pytest.approx(value, rel=1e-5, abs=1e-5), (run.path.name, step, name)
 
 
 @pytest.fixture(scope="module")
@@ -204,58 +176,12 @@ def test_a_job_survives_the_death_of_any_of_its_processes_and_equals_one_device(
 
 @pytest.mark.usefixtures("signals")
 def test_methods_on_two_devices_equal_one(tmp_path: Path) -> None:
-    """Each method with DDP or FSDP2, each with a last batch of one row; and FSDP2 continues from its checkpoints."""
-    model = make_tiny_model(tmp_path / "model")
-    pairs = preference_rows(17)
-    judged = [
-        {"prompt": pair["prompt"], "completion": pair["chosen" if i % 2 else "rejected"], "label": bool(i % 2)}
-        for i, pair in enumerate(pairs)
+    cases = [
+        Case("dpo", "fsdp", {"tuning": "full", "dpo": {"max_row_tokens": 100}}),
+        Case("dpo", "fsdp", {"gradient_accumulation_steps": 2, "dpo": {"packing": False}}),
+        Case("supervised", "fsdp", {"tuning": "full"}),
+        Case("supervised", "ddp", {"max_length": 64, "sft": {"packing": True}}),
+        Case("kto", "ddp"),
+        Case("reward", "ddp"),
     ]
-    cases: list[tuple[MethodName, list[dict[str, Any]], Distribution, dict[str, Any]]] = [
-        ("dpo", pairs, "fsdp", {"tuning": "full", "dpo": {"max_row_tokens": 100}}),
-        ("dpo", pairs, "fsdp", {"gradient_accumulation_steps": 2, "dpo": {"packing": False}}),
-        ("supervised", chat_rows(17), "fsdp", {"tuning": "full"}),
-        ("supervised", chat_rows(17), "ddp", {"max_length": 64, "sft": {"packing": True}}),
-        ("kto", judged, "ddp", {}),
-        ("reward", pairs, "ddp", {}),
-    ]
-    alone, shared = [], []
-    for number, (method, rows, distribution, options) in enumerate(cases):
-        beta = 0.1 if method in ("dpo", "kto") else None
-        training, held_out = (
-            write_rows(tmp_path / f"{number}-{part}.jsonl", rows[chosen])
-            for part, chosen in (("train", slice(13)), ("held_out", slice(13, None)))
-        )
-        for runs, devices in ((alone, 1), (shared, 2)):
-            run = make_run(
-                tmp_path / f"{number}-{method}-{devices}",
-                model,
-                training,
-                validation_file=held_out,
-                method=method,
-                beta=beta,
-                batch_size=4,
-                devices=devices,
-                saving={"strategy": "steps", "steps": 1},
-                **options,
-            )
-            runs.append(run)
-            if devices == 1:
-                assert main([str(run.path), "--attempt", "1"]) == 0
-            else:
-                run.write_spec(run.read_spec().model_copy(update={"distribution": distribution}))
-    again = shared[:2]
-    subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"),
-            *("tests/integration/two_ranks.py", *(str(run.path) for run in [*shared, *again])),
-        ],
-        cwd=REPOSITORY,
-        env={**os.environ, **ENVIRONMENT, "OMP_NUM_THREADS": "1"},
-        timeout=DEADLINE,
-        check=True,
-    )
-    for ours, expected in zip(shared, alone, strict=True):
-        assert_equal(ours, expected)
-    for run in again:
-        assert any("continuing from" in event.message for event in events_of(run, "message"))
+    train_and_compare(cases, tmp_path, continued=2)

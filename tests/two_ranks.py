@@ -1,8 +1,8 @@
-"""One rank of test_methods_on_two_devices_equal_one: torchrun two_ranks.py RUN_DIRECTORY...
+"""One rank of tests/two_devices.py: torchrun two_ranks.py RUN_DIRECTORY...
 
 It trains one run after the other, a run that is named again from its last checkpoint but one. accelerate offers FSDP
-on GPUs only: for a run with fsdp it is told that these processes are such, which is all it asks; the rest of FSDP2
-works on CPUs.
+and DeepSpeed on GPUs only: for a run with either it is told that these processes are such, which is all it asks; the
+rest of both works on CPUs.
 """
 
 import importlib
@@ -23,14 +23,19 @@ from bento_service.training.run_directory import RunDirectory
 _prepared = TrainingArguments.__post_init__
 
 
-def _offer_fsdp(self: Any) -> None:
+def _offer_parts(self: Any) -> None:
+    if self.deepspeed:
+        self.use_cpu = False
     _prepared(self)
-    kind = DistributedType.MULTI_GPU if self.fsdp else DistributedType.MULTI_CPU
+    kind = DistributedType.MULTI_CPU
+    if self.fsdp or self.deepspeed:
+        kind = DistributedType.DEEPSPEED if self.deepspeed else DistributedType.MULTI_GPU
     assert self.distributed_state is not None
     PartialState._shared_state["distributed_type"] = kind
 
 
-TrainingArguments.__post_init__ = _offer_fsdp  # type: ignore[method-assign]
+TrainingArguments.__post_init__ = _offer_parts  # type: ignore[method-assign]
+PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_CPU)  # type: ignore[method-assign]
 
 for number, folder in enumerate(sys.argv[1:], start=1):
     run = RunDirectory(Path(folder))
