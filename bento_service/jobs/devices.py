@@ -3,16 +3,12 @@
 import os
 import platform
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
-import psutil
 import pynvml
 
+from bento_service import host_memory
 from bento_service.settings import Settings
-
-# The memory limit of this process's control group, version 2 and 1, as a container sees it.
-_CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 
 
 @dataclass(frozen=True)
@@ -50,10 +46,7 @@ def device_memory(devices: Devices) -> int | None:
     Of a CPU it is the host's memory, or what the control group of this process may use.
     """
     if devices.kind != "cuda":
-        limits = [
-            int(file.read_text()) for file in _CGROUP_LIMITS if file.is_file() and file.read_text().strip() != "max"
-        ]
-        return min([psutil.virtual_memory().total, *limits])
+        return host_memory.total()
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError:

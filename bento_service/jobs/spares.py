@@ -3,9 +3,9 @@
 import time
 from collections.abc import Mapping, Sequence
 
-import psutil
 import structlog
 
+from bento_service import host_memory
 from bento_service.jobs.launcher import SpareTrainer
 
 log = structlog.get_logger("spares")
@@ -46,7 +46,7 @@ class SpareTrainers:
                 log.warning("spare trainer ended", pid=spare.pid, reason=exit.describe())
         if len(self.waiting) >= min(self._count, limit) or time.monotonic() < self._not_before:
             return
-        if psutil.virtual_memory().available < _NEEDED_BYTES:
+        if host_memory.available() < _NEEDED_BYTES:
             return
         try:
             spare = SpareTrainer(self._environment, command=self._command)

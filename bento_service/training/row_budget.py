@@ -1,5 +1,6 @@
 """How many tokens a packed row may have: as many as the memory allows, and no more than make it faster."""
 
+from bento_service import host_memory
 from bento_service.training.devices import Device
 from bento_service.training.memory import ComputePrecision, DeviceKind, MicroBatch, estimate
 from bento_service.training.model_shape import ModelShape
@@ -49,4 +50,4 @@ def free_memory(device: Device) -> int:
         free, _ = torch.cuda.mem_get_info()
         return free + torch.cuda.memory_reserved()
     # Other ranks of the job take as much.
-    return psutil.virtual_memory().available // Rank.of_this_process().count + psutil.Process().memory_info().rss
+    return host_memory.available() // Rank.of_this_process().count + psutil.Process().memory_info().rss
