@@ -41,8 +41,10 @@ def available() -> int:
     """Bytes that can still be taken."""
     free = [psutil.virtual_memory().available]
     for group in _limiting():
+        if not (group.usage.is_file() and group.statistics.is_file()):
+            continue  # a sandbox that tells the limit only
         statistics = dict(line.split(maxsplit=1) for line in group.statistics.read_text().splitlines())
-        used = int(group.usage.read_text()) - int(statistics[group.cache])
+        used = int(group.usage.read_text()) - int(statistics.get(group.cache, "0"))
         free.append(max(0, _limit(group) - used))
     return min(free)
 

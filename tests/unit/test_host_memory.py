@@ -29,6 +29,8 @@ def test_a_container_has_its_limit_less_what_cannot_be_given_up(group: Path, mon
     assert host_memory.available() == 6 * GB
     (group / "limit").write_text(f"{GB}\n")
     assert host_memory.available() == 0
+    (group / "usage").unlink()
+    assert host_memory.available() == 64 * GB
 
 
 @pytest.mark.parametrize("limit", ["max\n", f"{2**62}\n", None])
