@@ -9,7 +9,6 @@ Of a job on several devices it starts a process for each, ``--rank-of`` itself, 
 import argparse
 import atexit
 import contextlib
-import errno
 import gc
 import importlib
 import os
@@ -24,6 +23,7 @@ from bento_service.errors import TrlRemoteError
 from bento_service.training import checkpoints, manifest, rank, ranks, refused_rows, spare
 from bento_service.training.devices import find_device
 from bento_service.training.events import EventWriter, MutedWriter
+from bento_service.training.full_disk import is_full_disk
 from bento_service.training.lease import LeaseWatch
 from bento_service.training.recipes import RECIPES
 from bento_service.training.run_directory import Outcome, RunDirectory
@@ -171,15 +171,15 @@ def failure(error: Exception, attempt: int) -> Outcome:
     elif _is_lost_rank(error):
         code, retryable = ranks.LOST_CODE, True
         message = f"another rank of the job was lost: {_text(error)}"
+    elif is_full_disk(error):
+        code, retryable = "disk_full", True
+        message = f"the disk is full ({_text(error)}): free space under TRL_HOME, or keep fewer checkpoints"
     elif "OutOfMemoryError" in torch_kinds or isinstance(error, MemoryError) or CPU_OUT_OF_MEMORY in str(error):
         code = "out_of_memory"
         message = (
             f"out of memory ({_text(error)}): use a smaller batch_size with more gradient_accumulation_steps, "
             "a smaller max_length, gradient_checkpointing, or LoRA instead of full fine-tuning"
         )
-    elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        code, retryable = "disk_full", True
-        message = f"the disk is full ({error}): free space under TRL_HOME, or keep fewer checkpoints"
     elif isinstance(error, OSError):
         code, retryable = "storage_error", True
         message = f"reading or writing failed: {error}"

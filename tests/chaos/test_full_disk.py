@@ -4,13 +4,19 @@ import subprocess
 import time
 
 import pytest
+import torch
+from datasets import Dataset
 from safetensors import safe_open
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 from bento_service.jobs.devices import Devices
 from bento_service.jobs.job import JobStatus
 from bento_service.jobs.store import Store
 from bento_service.jobs.supervisor import Supervisor
 from bento_service.settings import Settings
+from bento_service.training.__main__ import failure
 from bento_service.training.run_directory import RunDirectory
 from tests.job_factory import make_file, make_job
 from tests.tiny_model import make_tiny_model
@@ -43,6 +49,33 @@ def fill(folder):
             except OSError:
                 continue
     return filler
+
+
+def torch_file(path):
+    torch.save({"exp_avg": torch.ones(100_000)}, path)
+
+
+def safetensors_file(path):
+    save_file({"weight": torch.ones(100_000)}, path)
+
+
+def tokenizer_file(path):
+    Tokenizer(WordLevel({f"word {number}": number for number in range(20_000)}, unk_token="word 0")).save(str(path))
+
+
+def arrow_file(path):
+    Dataset.from_dict({"row": [1, 2]}).map(lambda _: {"text": "x" * 400_000}, cache_file_name=str(path))
+
+
+@pytest.mark.parametrize("write", [torch_file, safetensors_file, tokenizer_file, arrow_file])
+@pytest.mark.parametrize("free", [0, 100_000], ids=["full from the start", "full in the middle"])
+def test_every_library_that_writes_is_understood(small_disk, write, free):
+    filler = fill(small_disk)
+    with filler.open("r+b") as file:
+        file.truncate(filler.stat().st_size - free)
+    with pytest.raises(Exception) as caught:
+        write(small_disk / "written.arrow")
+    assert failure(caught.value, attempt=1).code == "disk_full", repr(caught.value)
 
 
 def test_a_full_disk_pauses_the_job_and_keeps_its_last_checkpoint(small_disk, tmp_path):

@@ -26,6 +26,18 @@ def test_a_cause_the_user_can_mend_keeps_its_code_and_is_not_retried() -> None:
     ("error", "code", "retryable", "says"),
     [
         (OSError(errno.ENOSPC, "No space left on device"), "disk_full", True, "free space"),
+        (
+            RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)"),
+            "disk_full",
+            True,
+            "os error 28",
+        ),
+        (
+            RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534"),
+            "disk_full",
+            True,
+            "pos",
+        ),
         (OSError(errno.EIO, "Input/output error"), "storage_error", True, "Input/output error"),
         (MemoryError(), "out_of_memory", False, "batch_size"),
         (
@@ -42,6 +54,17 @@ def test_other_causes_have_a_code_and_say_what_to_do(error: Exception, code: str
     outcome = failure(error, attempt=1)
     assert (outcome.code, outcome.retryable) == (code, retryable)
     assert says in (outcome.message or "")
+
+
+def test_a_full_disk_is_known_also_as_the_cause_of_another_error() -> None:
+    try:
+        try:
+            raise OSError(errno.EDQUOT, "Disk quota exceeded")
+        finally:
+            raise ValueError("the file is not whole")
+    except ValueError as error:
+        outcome = failure(error, attempt=1)
+    assert (outcome.code, outcome.retryable) == ("disk_full", True)
 
 
 @pytest.mark.parametrize(
