@@ -43,7 +43,7 @@ test-container: setup
 # DeepSpeed on two CPU processes, installed in a folder of its own; needs a C++ compiler.
 test-deepspeed: setup requirements/deepspeed.txt
 	@$(UV) pip install --quiet --require-hashes --no-deps --target .deepspeed -r requirements/deepspeed.txt
-	$(BIN)/python -m pytest tests/deepspeed
+	$(BIN)/python -m pytest tests/deepspeed --timeout 900
 
 # The Bento, checked, in BentoML's own store (BENTOML_HOME, by default ~/bentoml).
 bento: setup

@@ -91,7 +91,7 @@ def train_and_compare(
         ],
         cwd=REPOSITORY,
         env={**os.environ, **ENVIRONMENT, "OMP_NUM_THREADS": "1", **(environment or {})},
-        timeout=DEADLINE,
+        timeout=DEADLINE * len(cases),
         check=True,
     )
     for ours, expected in zip(shared, alone, strict=True):
