@@ -1,6 +1,7 @@
-"""Databases for tests: SQLite always, PostgreSQL where its server is installed (CI insists on it)."""
+"""What tests share: databases (PostgreSQL where its server is installed; CI insists on it), signals, environment."""
 
 import os
+import signal
 import uuid
 from pathlib import Path
 
@@ -36,6 +37,15 @@ def pytest_ignore_collect(collection_path, config):
     if collection_path.parent != Path(__file__).parent or name not in BY_NAME:
         return None
     return None if any(f"tests/{name}" in argument for argument in config.invocation_params.args) else True
+
+
+@pytest.fixture
+def signals():
+    """A trainer in this process takes over these signals; give them back."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

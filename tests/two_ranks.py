@@ -27,9 +27,9 @@ def _offer_parts(self: Any) -> None:
     if self.deepspeed:
         self.use_cpu = False
     _prepared(self)
-    kind = DistributedType.MULTI_CPU
-    if self.fsdp or self.deepspeed:
-        kind = DistributedType.DEEPSPEED if self.deepspeed else DistributedType.MULTI_GPU
+    kind = DistributedType.MULTI_GPU if self.fsdp else DistributedType.MULTI_CPU
+    if self.deepspeed:
+        kind = DistributedType.DEEPSPEED
     assert self.distributed_state is not None
     PartialState._shared_state["distributed_type"] = kind
 

@@ -5,10 +5,8 @@ it. It compiles its communication in shared memory, for which it needs a C++ com
 """
 
 import os
-import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -24,13 +22,7 @@ ENVIRONMENT = {
 }
 
 
-@pytest.fixture(autouse=True)
-def signals() -> Iterator[None]:
-    """A trainer in this process takes over these signals; give them back."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
+pytestmark = pytest.mark.usefixtures("signals")
 
 
 def test_methods_on_two_devices_equal_one(tmp_path: Path) -> None:

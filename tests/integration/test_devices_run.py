@@ -111,15 +111,6 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
     os.environ.update(before)
 
 
-@pytest.fixture
-def signals() -> Iterator[None]:
-    """A trainer in this process takes over these signals; give them back."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
 @pytest.mark.usefixtures("signals")
 def test_a_job_survives_the_death_of_any_of_its_processes_and_equals_one_device(host: Host, tmp_path: Path) -> None:
     job = host.submit(devices=2)

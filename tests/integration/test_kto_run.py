@@ -1,7 +1,5 @@
 """A KTO run with a tiny model: it trains as a plain TRL script does, and ends with a checkpoint like any other."""
 
-import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +12,7 @@ from bento_service.training.__main__ import main
 from tests.tiny_model import make_tiny_model
 from tests.trainer_run import events_of, losses, make_run, preference_rows, write_rows
 
-
-@pytest.fixture(autouse=True)
-def signals() -> Iterator[None]:
-    """A trainer in this process takes over these signals; give them back."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
+pytestmark = pytest.mark.usefixtures("signals")
 
 
 def unpaired_rows(count: int) -> list[dict[str, Any]]:

@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import signal
-from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 
@@ -15,14 +13,7 @@ from bento_service.training.__main__ import main
 from tests.tiny_model import make_tiny_model
 from tests.trainer_run import events_of, losses, make_run, preference_rows, write_rows
 
-
-@pytest.fixture(autouse=True)
-def signals() -> Iterator[None]:
-    """A trainer in this process takes over these signals; give them back."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
+pytestmark = pytest.mark.usefixtures("signals")
 
 
 def test_resumed_equals_uninterrupted(tmp_path: Path) -> None:

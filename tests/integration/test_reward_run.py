@@ -1,8 +1,6 @@
 """A reward model's run with a tiny model: it trains as a plain TRL script does, resumes, and the result scores."""
 
 import shutil
-import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +18,7 @@ from tests.trainer_run import events_of, losses, make_run, preference_rows, trai
 ROWS = preference_rows(12)
 
 
-@pytest.fixture(autouse=True)
-def signals() -> Iterator[None]:
-    """A trainer in this process takes over these signals; give them back."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
+pytestmark = pytest.mark.usefixtures("signals")
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -74,15 +73,6 @@ def finished(data: Path, tmp_path_factory: pytest.TempPathFactory) -> RunDirecto
     run = lora_run(tmp_path_factory.mktemp("finished"), data)
     assert train(run).status == "succeeded"
     return run
-
-
-@pytest.fixture
-def signals() -> Iterator[None]:
-    """A trainer in this process takes over these signals; give them back."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 def outcome_here(run: RunDirectory) -> Outcome:

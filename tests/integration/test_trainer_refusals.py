@@ -1,8 +1,6 @@
 """What a trainer says when it cannot train. Runs in this process: nothing gets as far as a training step."""
 
 import json
-import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +12,7 @@ from bento_service.training.spec import MethodName
 from tests.tiny_model import CHAT_TEMPLATE, make_tiny_model
 from tests.trainer_run import chat_rows, events_of, make_run, preference_rows, write_rows
 
-
-@pytest.fixture(autouse=True)
-def signals() -> Iterator[None]:
-    """A trainer takes over these signals; give them back."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
+pytestmark = pytest.mark.usefixtures("signals")
 
 
 @pytest.fixture(scope="module")
